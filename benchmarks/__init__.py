@@ -1,0 +1,1 @@
+"""Measurements: load, peers, runtime and training. Writes JSON and plots; nothing imports it."""
