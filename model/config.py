@@ -77,7 +77,8 @@ class RoIConfig:
 
     Attributes:
         pool: "align" (RoIAlign, half-pixel centres), "align_legacy" (RoIAlign without the half-pixel shift, torchvision's default).
-        canonical_size, canonical_level: eq. 1 of FPN, k = floor(canonical_level + log2(sqrt(area) / canonical_size)).
+        canonical_size, canonical_level: eq. 1 of FPN, k = floor(canonical_level + log2(sqrt(area) / canonical_size)),
+            with levels counted from the finest map: 2 is p4 where p2 is the finest.
         candidates_per_image: at most this many (RoI, class) pairs enter the final NMS, best first.
     """
 
@@ -85,7 +86,7 @@ class RoIConfig:
     pool_size: int = 7
     sampling_ratio: int = 2
     canonical_size: float = 224.0
-    canonical_level: int = 4
+    canonical_level: int = 2
     hidden: int = 1024
     fg_iou_thresh: float = 0.5
     samples_per_image: int = 512

@@ -1,0 +1,102 @@
+"""Faster R-CNN: one module from uint8 images to detections, the same in training, evaluation and the exported graph.
+
+B images, H and W the padded input's size (multiples of 32), G ground-truth boxes, P proposals.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.anchors import AnchorGenerator
+from model.backbones import PyramidBackbone
+from model.config import DetectorConfig
+from model.nms import NMS, greedy_nms
+from model.roi_heads import BoxHead, Detections, detect, roi_loss, sample_rois
+from model.roi_pool import RoIPooling, pool_on_canvas
+from model.rpn import RPN, propose, rpn_loss
+
+
+class Targets(NamedTuple):
+    """Ground truth of a batch, padded to the same number of rows (at least one).
+
+    Attributes:
+        boxes: f32 `[B, G, 4]`, input frame; zero in padding rows.
+        labels: int64 `[B, G]`, 1..K; 0 marks a padding row.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+
+
+class Normalize(nn.Module):
+    """uint8 RGB to the network's input: 0..1, mean and deviation, and zero wherever the image is not."""
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.register_buffer("scale", (1.0 / (255.0 * torch.tensor(std)))[:, None, None], persistent=False)
+        self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std))[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor, image_sizes_hw: Tensor) -> Tensor:
+        """`[B, H, W, 3]` uint8 -> `[B, 3, H, W]` float, laid out channels last; whatever lies in the padding becomes zero."""
+        x = images.permute(0, 3, 1, 2).to(torch.float32) * self.get_buffer("scale") + self.get_buffer("shift")
+        rows = torch.arange(images.shape[1], device=images.device)[None, :] < image_sizes_hw[:, :1]  # [B, H]
+        columns = torch.arange(images.shape[2], device=images.device)[None, :] < image_sizes_hw[:, 1:]  # [B, W]
+        return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], x, 0.0)
+
+
+class FasterRCNN(nn.Module):
+    """The detector. `nms` and `pool` are strategies that an exporter may swap; every choice gives the same answer."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.normalize = Normalize(config.input.mean, config.input.std)
+        self.backbone = PyramidBackbone(config.backbone)
+        self.anchors = AnchorGenerator(config.anchors.sizes, config.anchors.ratios)
+        self.rpn = RPN(config.backbone.fpn_channels, self.anchors.anchors_per_cell[0])
+        self.head = BoxHead(config.backbone.fpn_channels, config.num_classes, config.roi)
+        self.nms: NMS = greedy_nms
+        self.pool: RoIPooling = pool_on_canvas
+
+    def forward(self, images: Tensor, image_sizes_hw: Tensor, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
+        """Detections, or with targets the four losses by name.
+
+        Args:
+            images: uint8 `[B, H, W, 3]` RGB, padded right and bottom with anything.
+            image_sizes_hw: int64 `[B, 2]`, true height and width.
+            targets: ground truth; asks for losses.
+        """
+        levels = self.backbone(self.normalize(images, image_sizes_hw))
+        anchors = self.anchors(levels, (images.shape[1], images.shape[2]))
+        rpn_output = self.rpn(levels)
+        with torch.no_grad():  # no gradient flows through the proposals' coordinates (approximate joint training)
+            proposals = propose(rpn_output, anchors, image_sizes_hw, self.config.rpn, self.nms, training=targets is not None)
+        if targets is None:
+            logits, deltas = self._classify(levels, proposals.boxes, images)
+            return detect(logits, deltas, proposals, image_sizes_hw, self.config.roi, self.nms)
+        rpn_cls, rpn_reg = rpn_loss(rpn_output, anchors, targets.boxes, targets.labels > 0, self.config.rpn)
+        samples = sample_rois(proposals, targets.boxes, targets.labels, self.config.roi)
+        roi_cls, roi_reg = roi_loss(*self._classify(levels, samples.rois, images), samples, self.config.roi)
+        return {"rpn_cls": rpn_cls, "rpn_reg": rpn_reg, "roi_cls": roi_cls, "roi_reg": roi_reg}
+
+    def _classify(self, levels: list[Tensor], rois: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Head output of RoIs `[B, R, 4]`; the extra level of the pyramid serves the RPN alone."""
+        pooled_levels = levels[:-1] if self.config.backbone.extra_level else levels
+        pooled = self.pool(pooled_levels, rois, (images.shape[1], images.shape[2]), self.config.roi)
+        return self.head(pooled)  # type: ignore[no-any-return]  # torch types calls as Any
+
+
+def build_detector(config: DetectorConfig, backbone_weights: Path | None = None) -> FasterRCNN:
+    """A new detector, laid out channels last (the faster layout for convolutions on CPU and GPU).
+
+    Args:
+        backbone_weights: an ImageNet state dict in torchvision's names; without it the backbone starts from random weights.
+    """
+    detector = FasterRCNN(config)
+    if backbone_weights is not None:
+        detector.backbone.load_imagenet(backbone_weights)
+    return detector.to(memory_format=torch.channels_last)

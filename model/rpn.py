@@ -1,0 +1,128 @@
+"""Region proposal network: objectness and deltas at every anchor, and the proposals that survive NMS.
+
+B images, L levels, A anchors per cell, N_l = H_l * W_l * A anchors of a level, N of an image, P proposals an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import boxes as box_ops
+from model.config import RPNConfig
+from model.matching import match, sample
+from model.nms import INVALID_SCORE, NMS
+from model.ranking import take_rows, top_rows
+
+
+class RPNOutput(NamedTuple):
+    """Raw predictions a level: `logits[l]` is `[B, N_l]`, `deltas[l]` is `[B, N_l, 4]`."""
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+
+
+class Proposals(NamedTuple):
+    """`boxes` `[B, P, 4]` in the input frame, best first; `valid` bool `[B, P]`, false in unfilled slots (whose boxes are zero)."""
+
+    boxes: Tensor
+    valid: Tensor
+
+
+class RPN(nn.Module):
+    """A 3x3 convolution and two 1x1 siblings, shared by all levels."""
+
+    def __init__(self, channels: int, anchors_per_cell: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cls_logits = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.bbox_pred = nn.Conv2d(channels, anchors_per_cell * 4, 1)
+        for layer in (self.conv, self.cls_logits, self.bbox_pred):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # these layers have a bias
+
+    def forward(self, features: Sequence[Tensor]) -> RPNOutput:
+        """Logits and deltas at every anchor of every level, in the anchors' order (cell by cell, row-major)."""
+        logits, deltas = [], []
+        for feature in features:
+            hidden = F.relu(self.conv(feature))
+            logits.append(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1))  # [B, A, H, W] -> [B, H*W*A]
+            moved = self.bbox_pred(hidden).permute(0, 2, 3, 1)  # [B, 4A, H, W] -> [B, H, W, 4A]
+            deltas.append(moved.reshape(moved.shape[0], -1, 4))
+        return RPNOutput(logits, deltas)
+
+
+def propose(
+    output: RPNOutput, anchors: Sequence[Tensor], image_sizes_hw: Tensor, config: RPNConfig, nms: NMS, *, training: bool
+) -> Proposals:
+    """The best boxes after per-level NMS.
+
+    Only the top candidates of each level are decoded. Every level is padded to the same number of candidates, so that one NMS call
+    serves the whole batch and no shape depends on the data.
+    """
+    pre_top_n = config.pre_nms_top_n_train if training else config.pre_nms_top_n_test
+    post_top_n = config.post_nms_top_n_train if training else config.post_nms_top_n_test
+    candidates = [
+        _decode_level(logits, deltas, level_anchors, image_sizes_hw, config, pre_top_n)
+        for logits, deltas, level_anchors in zip(output.logits, output.deltas, anchors, strict=True)
+    ]
+    boxes = torch.stack([c[0] for c in candidates], dim=1)  # [B, L, k, 4]
+    scores = torch.stack([c[1] for c in candidates], dim=1)  # [B, L, k]
+    batch = boxes.shape[0]
+    keep = nms(boxes.flatten(0, 1), scores.flatten(0, 1), None, config.nms_thresh).reshape(scores.shape)
+    kept_scores = torch.where(keep, scores, INVALID_SCORE).reshape(batch, -1)
+    best, index = top_rows(kept_scores, post_top_n)
+    valid = best > INVALID_SCORE
+    kept_boxes = take_rows(boxes.reshape(batch, -1, 4), index)
+    return Proposals(torch.where(valid[..., None], kept_boxes, 0.0), valid)
+
+
+def _decode_level(
+    logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes_hw: Tensor, config: RPNConfig, top_n: int
+) -> tuple[Tensor, Tensor]:
+    """Boxes `[B, k, 4]` and scores `[B, k]` of one level's best anchors; scores are INVALID_SCORE where a row does not count."""
+    scores, index = top_rows(logits.float().sigmoid(), top_n)
+    boxes = box_ops.decode_deltas(take_rows(deltas.float(), index), take_rows(anchors, index))
+    boxes = box_ops.clip(boxes, image_sizes_hw)
+    good = box_ops.wider_than(boxes, config.min_size) & (scores >= config.score_thresh)
+    return boxes, torch.where(good, scores, INVALID_SCORE)
+
+
+def rpn_loss(output: RPNOutput, anchors: Sequence[Tensor], gt_boxes: Tensor, gt_valid: Tensor, config: RPNConfig) -> tuple[Tensor, Tensor]:
+    """Objectness and box losses over a random sample of anchors, both divided by the number of sampled anchors.
+
+    Args:
+        gt_boxes: `[B, G, 4]` in the input frame.
+        gt_valid: bool `[B, G]`.
+
+    Returns:
+        Two scalars; the box loss is exactly 0 where there is no ground truth.
+    """
+    all_anchors = torch.cat(list(anchors))
+    logits, deltas = torch.cat(output.logits, dim=1).float(), torch.cat(output.deltas, dim=1)
+    with torch.no_grad():
+        matched = match(
+            all_anchors,
+            gt_boxes,
+            gt_valid,
+            fg_iou_thresh=config.fg_iou_thresh,
+            bg_iou_thresh=config.bg_iou_thresh,
+            allow_low_quality=True,
+        )
+        samples = sample(matched, config.samples_per_image, config.positive_fraction)
+        rows = matched.gather(1, samples.index).clamp(min=0)
+        wanted = box_ops.encode_deltas(_safe(take_rows(gt_boxes, rows), samples.foreground), take_rows(all_anchors, samples.index))
+    count = samples.valid.sum().clamp(min=1)
+    sampled = logits.gather(1, samples.index)
+    cls = F.binary_cross_entropy_with_logits(sampled, samples.foreground.float(), weight=samples.valid.float(), reduction="sum")
+    reg = F.smooth_l1_loss(take_rows(deltas, samples.index).float(), wanted, beta=config.smooth_l1_beta, reduction="none").sum(-1)
+    return cls / count, torch.where(samples.foreground, reg, 0.0).sum() / count
+
+
+def _safe(boxes: Tensor, used: Tensor) -> Tensor:
+    """Unit boxes where a row is not used, so that log(width) stays finite and no NaN can leak through a mask."""
+    return torch.where(used[..., None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
