@@ -1,0 +1,415 @@
+"""Many requests, few devices: images wait in one bounded queue and whichever device is free takes the best batch at once.
+
+Nothing here knows HTTP, images or ONNX: an item is whatever the lane's `run` callable takes. Used from one event loop:
+
+    scheduler = Scheduler(devices=1, max_queue_images=128, max_queue_bytes=256 << 20)
+    scheduler.start()
+    scheduler.add_lane(key, run, costs={1: 0.012, 8: 0.05}, max_batch_size=16, group="blood-cells")
+    answer = await scheduler.submit(key, item, nbytes=item.nbytes, deadline=time.monotonic() + 2.0)
+
+To give an answer up, cancel the future: a waiting image is taken out of the queue, the result of a running one is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from service.batch_costs import BatchCosts
+from service.batch_queue import Batch, BatchQueue, Entry, LaneKey, Phase, Priority, Snapshot
+from service.device_errors import DeviceLost, DeviceOutOfMemory
+from service.errors import DeadlineExceeded, DetectorError, Draining, InferenceFailed, NotReady
+
+__all__ = ["Answer", "DeviceLost", "DeviceOutOfMemory", "LaneKey", "Observer", "Phase", "Priority", "Run", "Scheduler", "Snapshot"]
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[int, Sequence[Any]], Sequence[Any]]
+"""(device index, items of one lane) -> one result an item, in order. Called on the device's own thread.
+
+It may raise DeviceOutOfMemory or DeviceLost; any other exception is taken for a bad item, which is then searched for.
+"""
+Outcome = tuple[Entry, Any]
+"""An entry with its Answer or the error to raise."""
+
+
+class Answer(NamedTuple):
+    """One item's result and what it cost."""
+
+    result: Any
+    queue_s: float
+    """From submit to the start of its batch."""
+    run_s: float
+    """Of the batch it shared, repeated runs after a neighbour's failure included."""
+    batch_size: int
+
+
+class Observer:
+    """Told what happens, for metrics: override what you count. Called on device threads, `cancelled` on the event loop; keep it short."""
+
+    def batch_formed(self, lane: LaneKey, size: int, queue_s: Sequence[float]) -> None:
+        """A device took `size` images, which had waited `queue_s` seconds each."""
+
+    def batch_ran(self, lane: LaneKey, size: int, seconds: float) -> None:
+        """One call of the lane's run callable came back with results."""
+
+    def batch_failed(self, lane: LaneKey, size: int, error: Exception) -> None:
+        """One call of the lane's run callable raised; a batch of several is split and run again."""
+
+    def out_of_memory(self, lane: LaneKey, size: int, limit: int) -> None:
+        """`size` images did not fit into the device's memory; the lane's batches hold at most `limit` from now on."""
+
+    def cancelled(self, phase: Phase) -> None:
+        """A client gave up while its image was `queued` or `running`."""
+
+
+class Scheduler:
+    """One queue, one thread a device. `start`, `submit` and the coroutines belong to one event loop's thread."""
+
+    def __init__(
+        self,
+        *,
+        devices: int = 1,
+        max_queue_images: int,
+        max_queue_bytes: int,
+        low_priority_handicap_s: float = 1.0,
+        observer: Observer | None = None,
+        on_device_lost: Callable[[BaseException], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; nothing runs before `start`.
+
+        Args:
+            devices: how many threads call `run`, with 0..devices-1 as its first argument.
+            max_queue_images: images that may wait; running ones do not count.
+            max_queue_bytes: memory that waiting images may hold, by the `nbytes` of submit.
+            low_priority_handicap_s: HIGH images that arrive up to this much later than a LOW one still go before it.
+            observer: gets the events that metrics count.
+            on_device_lost: called once on the event loop when a device is gone for good; nothing is served after that.
+            clock: monotonic seconds; deadlines are on the same clock.
+        """
+        self._queue = BatchQueue(
+            devices=devices, max_images=max_queue_images, max_bytes=max_queue_bytes, low_priority_handicap_s=low_priority_handicap_s
+        )
+        self._observer = observer or Observer()
+        self._on_device_lost = on_device_lost
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._idle_threads = 0
+        self._refusal: Callable[[], DetectorError] | None = _not_started
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._serve, args=(device,), name=f"device-{device}", daemon=True) for device in range(devices)
+        ]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+
+    # Life
+
+    def start(self) -> None:
+        """Start the device threads and accept images. Call on the event loop that will submit."""
+        self._loop = asyncio.get_running_loop()
+        self._refusal = None
+        for thread in self._threads:
+            thread.start()
+
+    def add_lane(self, key: LaneKey, run: Run, *, costs: Mapping[int, float], max_batch_size: int, group: Hashable | None = None) -> None:
+        """Open a lane, also while others are served.
+
+        Args:
+            key: what submit names; a new version of a model needs new keys.
+            run: computes a batch of this lane.
+            costs: batch size -> seconds from the warm-up, at least one size.
+            max_batch_size: no batch is larger.
+            group: lanes of one group are served oldest first; groups get equal device time. Name the served model, and let a
+                shadow share its model's group with Priority.LOW. Default: the key itself.
+
+        Raises:
+            ValueError: the key is in use, or the costs are not usable.
+        """
+        with self._lock:
+            self._queue.add_lane(key, key if group is None else group, BatchCosts(costs, max_batch_size), run)
+
+    async def remove_lanes(self, keys: Iterable[LaneKey]) -> None:
+        """Close lanes, wait until what was accepted into them is answered, and forget them. Their runtime may be closed then."""
+        keys = list(keys)
+        with self._lock:
+            for key in keys:
+                self._queue.close_lane(key)
+        await self._until(lambda: self._stopped or all(self._queue.lane_idle(key) for key in keys))
+        with self._lock:
+            for key in keys:
+                if self._queue.lane_idle(key):
+                    self._queue.remove_lane(key)
+
+    async def drain(self) -> None:
+        """Accept nothing more (submit raises Draining) and wait until everything accepted is answered."""
+        with self._lock:
+            self._refusal = self._refusal or _draining
+        await self._until(lambda: self._stopped or self._queue.idle())
+
+    async def close(self, *, grace_s: float = 10.0) -> bool:
+        """Stop: what waits is refused with Draining, what runs may finish within `grace_s`. Returns whether every thread ended.
+
+        A thread that hangs in its device is left behind; it does not keep the process alive.
+        """
+        with self._lock:
+            self._refusal = self._refusal or _draining
+            self._stopped = True
+            waiting = self._queue.clear_waiting()
+            self._work.notify_all()
+        self._settle([(entry, _draining()) for entry in waiting])
+        end = time.monotonic() + grace_s
+        started = [thread for thread in self._threads if thread.ident is not None]
+        for thread in started:
+            await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
+        await asyncio.sleep(0)  # results that the threads posted last are delivered before this returns
+        if self._timer is not None:
+            self._timer.cancel()
+        return not any(thread.is_alive() for thread in started)
+
+    # Requests
+
+    def submit(
+        self, key: LaneKey, item: Any, *, nbytes: int = 0, deadline: float | None = None, priority: Priority = Priority.HIGH
+    ) -> asyncio.Future[Answer]:
+        """Let one item wait for a device, or refuse it at once.
+
+        Args:
+            key: the lane.
+            item: passed to the lane's run callable.
+            nbytes: memory that it holds while it waits.
+            deadline: latest useful moment of the answer, on the scheduler's clock.
+            priority: HIGH, or LOW for what may wait.
+
+        Returns:
+            A future with the Answer; it raises InferenceFailed, DeadlineExceeded, NotReady or Draining. Cancel it to withdraw.
+
+        Raises:
+            QueueFull, WouldMissDeadline: with retry_after_s from the measured costs of what waits.
+            NotReady: the lane is unknown or closing, or the device is lost. Draining: after drain or close.
+        """
+        loop = self._loop
+        if self._refusal is not None or loop is None:
+            raise (self._refusal or _not_started)()
+        with self._lock:
+            entry = self._queue.admit(key, item, nbytes=nbytes, deadline=deadline, priority=priority, now=self._clock())
+            future: asyncio.Future[Answer] = loop.create_future()
+            entry.owner = future
+            if self._idle_threads:
+                self._work.notify()
+        future.add_done_callback(partial(self._on_done, entry))
+        if deadline is not None:
+            self._arm_timer(deadline)
+        return future
+
+    def estimate_s(self, key: LaneKey, priority: Priority = Priority.HIGH) -> float:
+        """Seconds until an item submitted now would be answered, by measured costs."""
+        with self._lock:
+            return self._queue.estimate_s(key, priority, self._clock())
+
+    def snapshot(self) -> Snapshot:
+        """Depth, ages and running batches of this moment."""
+        with self._lock:
+            return self._queue.snapshot(self._clock())
+
+    # On the event loop
+
+    def _on_done(self, entry: Entry, future: asyncio.Future[Answer]) -> None:
+        if not future.cancelled():
+            return
+        with self._lock:
+            phase = self._queue.withdraw(entry)
+        if phase != "done":
+            self._observer.cancelled(phase)
+        self._wake_waiters()
+
+    def _settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Deliver a batch: the only way by which answers reach their futures."""
+        for entry, outcome in outcomes:
+            future = entry.owner
+            if future.done():
+                continue
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+        self._wake_waiters()
+
+    def _arm_timer(self, deadline: float) -> None:
+        """One timer for all deadlines: it stands at the earliest one it was told of."""
+        assert self._loop is not None
+        delay_s = max(0.0, deadline - self._clock())
+        if self._timer is not None:
+            if self._timer.when() <= self._loop.time() + delay_s:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_later(delay_s, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        with self._lock:
+            late = self._queue.expire(self._clock())
+            following = self._queue.next_deadline()
+        self._settle([(entry, _too_late("while it waited")) for entry in late])
+        if following is not None:
+            self._arm_timer(following)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition on the queue holds; it is looked at after each delivery."""
+        with self._lock:
+            if condition():
+                return
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append((condition, waiter))
+        await waiter
+
+    def _wake_waiters(self) -> None:
+        if not self._waiters:
+            return
+        with self._lock:
+            met = [waiter for condition, waiter in self._waiters if waiter.done() or condition()]
+            self._waiters = [pair for pair in self._waiters if pair[1] not in met]
+        for waiter in met:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # On a device's thread
+
+    def _serve(self, device: int) -> None:
+        try:
+            while (batch := self._next_batch(device)) is not None:
+                self._post([(entry, _too_late("before a device was free")) for entry in batch.late])
+                if batch.entries:
+                    self._run_batch(batch)
+        except BaseException as error:  # a lost device, or a fault of ours: either way nobody may wait for this thread
+            log.critical("device %d is lost, nothing more is served", device, exc_info=error)
+            self._give_up(error)
+
+    def _next_batch(self, device: int) -> Batch | None:
+        with self._work:
+            while not self._stopped:
+                batch = self._queue.take(device, self._clock())
+                if batch is not None:
+                    return batch
+                self._idle_threads += 1
+                self._work.wait()
+                self._idle_threads -= 1
+            return None
+
+    def _run_batch(self, batch: Batch) -> None:
+        """Run a batch; if it fails its halves, and if one of those fails its images one by one: only the guilty one gets the error."""
+        self._tell(
+            self._observer.batch_formed, batch.lane.key, len(batch.entries), [batch.started - entry.arrived for entry in batch.entries]
+        )
+        pieces = [(batch.entries, 0)]
+        while pieces:
+            piece, splits = pieces.pop()
+            entries = [entry for entry in piece if entry.phase != "done"]  # a client may have left meanwhile
+            outcomes = self._attempt(batch, entries) if entries else []
+            if outcomes is None:
+                pieces.extend((part, splits + 1) for part in reversed(_split(entries, whole=splits == 0)))
+                continue
+            with self._lock:
+                for entry in entries:
+                    entry.phase = "done"
+                if not pieces:
+                    self._queue.finish(batch, now=self._clock())
+            self._post(outcomes)
+
+    def _attempt(self, batch: Batch, entries: list[Entry]) -> list[Outcome] | None:
+        """One call of the device: an outcome for each entry, or None if the entries are to be split and tried again."""
+        lane, size = batch.lane, len(entries)
+        begun = self._clock()
+        try:
+            results = lane.run(batch.device, [entry.item for entry in entries])
+            if len(results) != size:
+                raise RuntimeError(f"the runtime gave {len(results)} results for {size} images")
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return self._failed(batch, entries, error)
+        ended = self._clock()
+        with self._lock:
+            lane.costs.observe(size, ended - begun)
+        self._tell(self._observer.batch_ran, lane.key, size, ended - begun)
+        run_s = ended - batch.started
+        return [
+            (entry, _too_late("while it ran") if entry.is_late(ended) else Answer(result, batch.started - entry.arrived, run_s, size))
+            for entry, result in zip(entries, results, strict=True)
+        ]
+
+    def _failed(self, batch: Batch, entries: list[Entry], error: Exception) -> list[Outcome] | None:
+        lane, size = batch.lane, len(entries)
+        if isinstance(error, DeviceOutOfMemory):
+            with self._lock:
+                lane.costs.lower_limit(min(lane.costs.limit, size // 2))
+            self._tell(self._observer.out_of_memory, lane.key, size, lane.costs.limit)
+        self._tell(self._observer.batch_failed, lane.key, size, error)
+        if size > 1:
+            return None
+        log.warning("an image of lane %r failed alone", lane.key, exc_info=error)
+        failure = InferenceFailed(
+            f"the device failed on this image alone ({type(error).__name__}); other images are served, try another encoding of it"
+        )
+        failure.__cause__ = error
+        return [(entries[0], failure)]
+
+    def _tell(self, event: Callable[..., None], *args: Any) -> None:
+        """Metrics must not be able to stop a device."""
+        try:
+            event(*args)
+        except Exception:
+            log.exception("the observer failed on %s", event.__name__)
+
+    def _post(self, outcomes: list[Outcome]) -> None:
+        """Hand outcomes to the event loop, all in one call."""
+        if not outcomes and not self._waiters:
+            return
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._settle, outcomes)
+        except RuntimeError:
+            log.warning("%d answers came after the event loop had closed", len(outcomes))
+
+    def _give_up(self, error: BaseException) -> None:
+        with self._lock:
+            first = self._refusal is not _device_lost
+            self._refusal = _device_lost
+            self._stopped = True
+            entries = self._queue.clear()
+            self._work.notify_all()
+        self._post([(entry, _device_lost()) for entry in entries])
+        if first and self._on_device_lost is not None and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._on_device_lost, error)
+
+
+def _split(entries: list[Entry], *, whole: bool) -> list[list[Entry]]:
+    """Halves of a whole batch; singles of a half."""
+    if not whole:
+        return [[entry] for entry in entries]
+    middle = (len(entries) + 1) // 2
+    return [entries[:middle], entries[middle:]]
+
+
+def _too_late(when: str) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the request's time ran out {when}; allow more with timeout_ms or send less at once")
+
+
+def _not_started() -> NotReady:
+    return NotReady("the scheduler has not started; ask again in a moment", retry_after_s=1.0)
+
+
+def _draining() -> Draining:
+    return Draining("this replica is shutting down and takes no new images; ask another one or try again", retry_after_s=1.0)
+
+
+def _device_lost() -> NotReady:
+    return NotReady("the device of this replica is lost; ask another replica or try again after its restart", retry_after_s=5.0)
