@@ -14,6 +14,8 @@ DRIFT_WEIGHT = 0.1
 """Weight of the newest run in the running average of measured over expected seconds: about the last twenty runs count."""
 DRIFT_BOUNDS = (0.1, 10.0)
 """One run may count at most for this ratio, so that a single stall does not set the estimate for seconds."""
+RUNS_UNTIL_RAISE = 1000
+"""After so many runs without complaint a lowered limit is doubled: what filled the device's memory may have gone."""
 
 
 class BatchCosts:
@@ -42,8 +44,8 @@ class BatchCosts:
                 raise ValueError(f"cost table: {size} images in {seconds} s; expected a size of 1 or more and a positive time")
         self._table = [0.0, *(_interpolate(measured, size) for size in range(1, max_batch_size + 1))]
         self._drift = 1.0
-        self._favoured: list[int] = []
-        self.lower_limit(max_batch_size)
+        self._runs_since_limit = 0
+        self._favoured = self._choose(max_batch_size)
 
     @property
     def limit(self) -> int:
@@ -79,16 +81,26 @@ class BatchCosts:
         low, high = DRIFT_BOUNDS
         ratio = min(max(seconds / self._table[size], low), high)
         self._drift += DRIFT_WEIGHT * (ratio - self._drift)
+        self._runs_since_limit += 1
+        if self._runs_since_limit >= RUNS_UNTIL_RAISE and self.limit < len(self._table) - 1:
+            self._set_limit(min(2 * self.limit, len(self._table) - 1))
 
     def lower_limit(self, limit: int) -> None:
-        """Allow no batch above `limit` images (never below 1): what the device's memory turned out to hold."""
-        limit = max(1, limit)
+        """Allow no batch above `limit` images (never below 1) for a while: what the device's memory turned out to hold."""
+        self._set_limit(max(1, min(limit, self.limit)))
+
+    def _set_limit(self, limit: int) -> None:
+        self._runs_since_limit = 0
+        self._favoured = self._choose(limit)
+
+    def _choose(self, limit: int) -> list[int]:
+        """Favoured size by number of waiting images, 0..limit."""
         rates = [0.0, *(size / self._table[size] for size in range(1, limit + 1))]
-        self._favoured = [0]
-        best = 0.0
+        chosen, best = [0], 0.0
         for waiting in range(1, limit + 1):
             best = max(best, rates[waiting])
-            self._favoured.append(next(size for size in range(1, waiting + 1) if rates[size] >= RATE_TOLERANCE * best))
+            chosen.append(next(size for size in range(1, waiting + 1) if rates[size] >= RATE_TOLERANCE * best))
+        return chosen
 
 
 def _interpolate(measured: Mapping[int, float], size: int) -> float:

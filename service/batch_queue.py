@@ -206,8 +206,8 @@ class BatchQueue:
         finish_s = self.estimate_s(lane.key, priority, now)
         if finish_s > allowed_s:
             allows_s = max(allowed_s, 0.0)
-            detail = f"an answer would take about {finish_s * 1e3:.0f} ms, the request allows {allows_s * 1e3:.0f} ms; try again later or allow more"
-            raise WouldMissDeadline(detail, retry_after_s=finish_s - allows_s)
+            detail = f"an answer would take about {finish_s * 1e3:.0f} ms and the request allows {allows_s * 1e3:.0f} ms"
+            raise WouldMissDeadline(f"{detail}; try again later or allow more", retry_after_s=finish_s - allows_s)
 
     def estimate_s(self, key: LaneKey, priority: Priority, now: float) -> float:
         """Seconds until an image that arrives now would be answered, its own run included."""
@@ -272,7 +272,7 @@ class BatchQueue:
             entry.phase = "done"
 
     def withdraw(self, entry: Entry) -> Phase:
-        """Nobody wants this answer any more. Returns the phase it was in; a queued entry is gone, a running one's result will be dropped."""
+        """Nobody wants this answer any more: a queued entry goes, a running one's result will be dropped. Returns the phase it was in."""
         phase = entry.phase
         if phase == "queued":
             self._unqueue(entry)
@@ -290,16 +290,9 @@ class BatchQueue:
         """The earliest deadline of all that waits or runs."""
         return min((entry.deadline for entry in self._pending() if entry.deadline is not None), default=None)
 
-    def clear(self) -> list[Entry]:
-        """Withdraw everything, waiting or running, and return it: the devices are gone."""
-        entries = list(self._pending())
-        for entry in entries:
-            self.withdraw(entry)
-        return entries
-
-    def clear_waiting(self) -> list[Entry]:
-        """Withdraw what waits and return it; what runs may finish."""
-        entries = [entry for entry in self._pending() if entry.phase == "queued"]
+    def clear(self, *, running: bool) -> list[Entry]:
+        """Withdraw and return everything that waits, and with `running` also what devices hold: nothing will answer it."""
+        entries = [entry for entry in self._pending() if running or entry.phase == "queued"]
         for entry in entries:
             self.withdraw(entry)
         return entries

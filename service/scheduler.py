@@ -18,54 +18,17 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from service.batch_costs import BatchCosts
 from service.batch_queue import Batch, BatchQueue, Entry, LaneKey, Phase, Priority, Snapshot
+from service.batch_runner import Answer, BatchRunner, Observer, Outcome, Run, too_late
 from service.device_errors import DeviceLost, DeviceOutOfMemory
-from service.errors import DeadlineExceeded, DetectorError, Draining, InferenceFailed, NotReady
+from service.errors import DetectorError, Draining, NotReady
 
 __all__ = ["Answer", "DeviceLost", "DeviceOutOfMemory", "LaneKey", "Observer", "Phase", "Priority", "Run", "Scheduler", "Snapshot"]
 
 log = logging.getLogger(__name__)
-
-Run = Callable[[int, Sequence[Any]], Sequence[Any]]
-"""(device index, items of one lane) -> one result an item, in order. Called on the device's own thread.
-
-It may raise DeviceOutOfMemory or DeviceLost; any other exception is taken for a bad item, which is then searched for.
-"""
-Outcome = tuple[Entry, Any]
-"""An entry with its Answer or the error to raise."""
-
-
-class Answer(NamedTuple):
-    """One item's result and what it cost."""
-
-    result: Any
-    queue_s: float
-    """From submit to the start of its batch."""
-    run_s: float
-    """Of the batch it shared, repeated runs after a neighbour's failure included."""
-    batch_size: int
-
-
-class Observer:
-    """Told what happens, for metrics: override what you count. Called on device threads, `cancelled` on the event loop; keep it short."""
-
-    def batch_formed(self, lane: LaneKey, size: int, queue_s: Sequence[float]) -> None:
-        """A device took `size` images, which had waited `queue_s` seconds each."""
-
-    def batch_ran(self, lane: LaneKey, size: int, seconds: float) -> None:
-        """One call of the lane's run callable came back with results."""
-
-    def batch_failed(self, lane: LaneKey, size: int, error: Exception) -> None:
-        """One call of the lane's run callable raised; a batch of several is split and run again."""
-
-    def out_of_memory(self, lane: LaneKey, size: int, limit: int) -> None:
-        """`size` images did not fit into the device's memory; the lane's batches hold at most `limit` from now on."""
-
-    def cancelled(self, phase: Phase) -> None:
-        """A client gave up while its image was `queued` or `running`."""
 
 
 class Scheduler:
@@ -101,6 +64,7 @@ class Scheduler:
         self._clock = clock
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
+        self._runner = BatchRunner(self._queue, self._lock, self._observer, clock, self._post)
         self._idle_threads = 0
         self._refusal: Callable[[], DetectorError] | None = _not_started
         self._stopped = False
@@ -163,7 +127,7 @@ class Scheduler:
         with self._lock:
             self._refusal = self._refusal or _draining
             self._stopped = True
-            waiting = self._queue.clear_waiting()
+            waiting = self._queue.clear(running=False)
             self._work.notify_all()
         self._settle([(entry, _draining()) for entry in waiting])
         end = time.monotonic() + grace_s
@@ -258,7 +222,7 @@ class Scheduler:
         with self._lock:
             late = self._queue.expire(self._clock())
             following = self._queue.next_deadline()
-        self._settle([(entry, _too_late("while it waited")) for entry in late])
+        self._settle([(entry, too_late("while it waited")) for entry in late])
         if following is not None:
             self._arm_timer(following)
 
@@ -286,9 +250,9 @@ class Scheduler:
     def _serve(self, device: int) -> None:
         try:
             while (batch := self._next_batch(device)) is not None:
-                self._post([(entry, _too_late("before a device was free")) for entry in batch.late])
+                self._post([(entry, too_late("before a device was free")) for entry in batch.late])
                 if batch.entries:
-                    self._run_batch(batch)
+                    self._runner.run(batch)
         except BaseException as error:  # a lost device, or a fault of ours: either way nobody may wait for this thread
             log.critical("device %d is lost, nothing more is served", device, exc_info=error)
             self._give_up(error)
@@ -303,71 +267,6 @@ class Scheduler:
                 self._work.wait()
                 self._idle_threads -= 1
             return None
-
-    def _run_batch(self, batch: Batch) -> None:
-        """Run a batch; if it fails its halves, and if one of those fails its images one by one: only the guilty one gets the error."""
-        self._tell(
-            self._observer.batch_formed, batch.lane.key, len(batch.entries), [batch.started - entry.arrived for entry in batch.entries]
-        )
-        pieces = [(batch.entries, 0)]
-        while pieces:
-            piece, splits = pieces.pop()
-            entries = [entry for entry in piece if entry.phase != "done"]  # a client may have left meanwhile
-            outcomes = self._attempt(batch, entries) if entries else []
-            if outcomes is None:
-                pieces.extend((part, splits + 1) for part in reversed(_split(entries, whole=splits == 0)))
-                continue
-            with self._lock:
-                for entry in entries:
-                    entry.phase = "done"
-                if not pieces:
-                    self._queue.finish(batch, now=self._clock())
-            self._post(outcomes)
-
-    def _attempt(self, batch: Batch, entries: list[Entry]) -> list[Outcome] | None:
-        """One call of the device: an outcome for each entry, or None if the entries are to be split and tried again."""
-        lane, size = batch.lane, len(entries)
-        begun = self._clock()
-        try:
-            results = lane.run(batch.device, [entry.item for entry in entries])
-            if len(results) != size:
-                raise RuntimeError(f"the runtime gave {len(results)} results for {size} images")
-        except DeviceLost:
-            raise
-        except Exception as error:
-            return self._failed(batch, entries, error)
-        ended = self._clock()
-        with self._lock:
-            lane.costs.observe(size, ended - begun)
-        self._tell(self._observer.batch_ran, lane.key, size, ended - begun)
-        run_s = ended - batch.started
-        return [
-            (entry, _too_late("while it ran") if entry.is_late(ended) else Answer(result, batch.started - entry.arrived, run_s, size))
-            for entry, result in zip(entries, results, strict=True)
-        ]
-
-    def _failed(self, batch: Batch, entries: list[Entry], error: Exception) -> list[Outcome] | None:
-        lane, size = batch.lane, len(entries)
-        if isinstance(error, DeviceOutOfMemory):
-            with self._lock:
-                lane.costs.lower_limit(min(lane.costs.limit, size // 2))
-            self._tell(self._observer.out_of_memory, lane.key, size, lane.costs.limit)
-        self._tell(self._observer.batch_failed, lane.key, size, error)
-        if size > 1:
-            return None
-        log.warning("an image of lane %r failed alone", lane.key, exc_info=error)
-        failure = InferenceFailed(
-            f"the device failed on this image alone ({type(error).__name__}); other images are served, try another encoding of it"
-        )
-        failure.__cause__ = error
-        return [(entries[0], failure)]
-
-    def _tell(self, event: Callable[..., None], *args: Any) -> None:
-        """Metrics must not be able to stop a device."""
-        try:
-            event(*args)
-        except Exception:
-            log.exception("the observer failed on %s", event.__name__)
 
     def _post(self, outcomes: list[Outcome]) -> None:
         """Hand outcomes to the event loop, all in one call."""
@@ -384,23 +283,11 @@ class Scheduler:
             first = self._refusal is not _device_lost
             self._refusal = _device_lost
             self._stopped = True
-            entries = self._queue.clear()
+            entries = self._queue.clear(running=True)
             self._work.notify_all()
         self._post([(entry, _device_lost()) for entry in entries])
         if first and self._on_device_lost is not None and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._on_device_lost, error)
-
-
-def _split(entries: list[Entry], *, whole: bool) -> list[list[Entry]]:
-    """Halves of a whole batch; singles of a half."""
-    if not whole:
-        return [[entry] for entry in entries]
-    middle = (len(entries) + 1) // 2
-    return [entries[:middle], entries[middle:]]
-
-
-def _too_late(when: str) -> DeadlineExceeded:
-    return DeadlineExceeded(f"the request's time ran out {when}; allow more with timeout_ms or send less at once")
 
 
 def _not_started() -> NotReady:

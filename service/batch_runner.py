@@ -1,0 +1,152 @@
+"""One batch on one device: call it, and when it fails find out which image is to blame. Runs on the device's thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from service.batch_queue import Batch, BatchQueue, Entry, LaneKey, Phase
+from service.device_errors import DeviceLost, DeviceOutOfMemory
+from service.errors import DeadlineExceeded, InferenceFailed
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[int, Sequence[Any]], Sequence[Any]]
+"""(device index, items of one lane) -> one result an item, in order. Called on the device's own thread.
+
+It may raise DeviceOutOfMemory or DeviceLost; any other exception is taken for a bad item, which is then searched for.
+"""
+Outcome = tuple[Entry, Any]
+"""An entry with its Answer or the error to raise."""
+
+
+class Answer(NamedTuple):
+    """One item's result and what it cost."""
+
+    result: Any
+    queue_s: float
+    """From submit to the start of its batch."""
+    run_s: float
+    """Of the batch it shared, repeated runs after a neighbour's failure included."""
+    batch_size: int
+
+
+class Observer:
+    """Told what happens, for metrics: override what you count. Called on device threads, `cancelled` on the event loop; keep it short."""
+
+    def batch_formed(self, lane: LaneKey, size: int, queue_s: Sequence[float]) -> None:
+        """A device took `size` images, which had waited `queue_s` seconds each."""
+
+    def batch_ran(self, lane: LaneKey, size: int, seconds: float) -> None:
+        """One call of the lane's run callable came back with results."""
+
+    def batch_failed(self, lane: LaneKey, size: int, error: Exception) -> None:
+        """One call of the lane's run callable raised; a batch of several is split and run again."""
+
+    def out_of_memory(self, lane: LaneKey, size: int, limit: int) -> None:
+        """`size` images, more than one, did not fit into the device's memory; the lane's batches hold at most `limit` for now."""
+
+    def cancelled(self, phase: Phase) -> None:
+        """A client gave up while its image was `queued` or `running`."""
+
+
+class BatchRunner:
+    """Runs batches and posts their outcomes; shared by all device threads."""
+
+    def __init__(
+        self,
+        queue: BatchQueue,
+        lock: threading.Lock,
+        observer: Observer,
+        clock: Callable[[], float],
+        post: Callable[[list[Outcome]], None],
+    ) -> None:
+        """Take the scheduler's queue with the lock that guards it, and `post`, which hands outcomes to the event loop."""
+        self._queue = queue
+        self._lock = lock
+        self._observer = observer
+        self._clock = clock
+        self._post = post
+
+    def run(self, batch: Batch) -> None:
+        """Run a batch; if it fails its halves, and if one of those fails its images one by one: only the guilty one gets the error."""
+        self._tell(
+            self._observer.batch_formed, batch.lane.key, len(batch.entries), [batch.started - entry.arrived for entry in batch.entries]
+        )
+        pieces = [(batch.entries, 0)]
+        while pieces:
+            piece, splits = pieces.pop()
+            entries = [entry for entry in piece if entry.phase != "done"]  # a client may have left meanwhile
+            outcomes = self._attempt(batch, entries) if entries else []
+            if outcomes is None:
+                pieces.extend((part, splits + 1) for part in reversed(_split(entries, whole=splits == 0)))
+                continue
+            with self._lock:
+                for entry in entries:
+                    entry.phase = "done"
+                if not pieces:
+                    self._queue.finish(batch, now=self._clock())
+            self._post(outcomes)
+
+    def _attempt(self, batch: Batch, entries: list[Entry]) -> list[Outcome] | None:
+        """One call of the device: an outcome for each entry, or None if the entries are to be split and tried again."""
+        lane, size = batch.lane, len(entries)
+        begun = self._clock()
+        try:
+            results = lane.run(batch.device, [entry.item for entry in entries])
+            if len(results) != size:
+                raise RuntimeError(f"the runtime gave {len(results)} results for {size} images")
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return self._failed(batch, entries, error)
+        ended = self._clock()
+        with self._lock:
+            lane.costs.observe(size, ended - begun)
+        self._tell(self._observer.batch_ran, lane.key, size, ended - begun)
+        run_s = ended - batch.started
+        return [
+            (entry, too_late("while it ran") if entry.is_late(ended) else Answer(result, batch.started - entry.arrived, run_s, size))
+            for entry, result in zip(entries, results, strict=True)
+        ]
+
+    def _failed(self, batch: Batch, entries: list[Entry], error: Exception) -> list[Outcome] | None:
+        lane, size = batch.lane, len(entries)
+        if isinstance(error, DeviceOutOfMemory) and size > 1:
+            with self._lock:
+                lane.costs.lower_limit(size // 2)
+            self._tell(self._observer.out_of_memory, lane.key, size, lane.costs.limit)
+        self._tell(self._observer.batch_failed, lane.key, size, error)
+        if size > 1:
+            return None
+        log.warning("an image of lane %r failed alone", lane.key, exc_info=error)
+        return [(entries[0], _blame(error))]
+
+    def _tell(self, event: Callable[..., None], *args: Any) -> None:
+        """Metrics must not be able to stop a device."""
+        try:
+            event(*args)
+        except Exception:
+            log.exception("the observer failed on %s", event.__name__)
+
+
+def _split(entries: list[Entry], *, whole: bool) -> list[list[Entry]]:
+    """Halves of a whole batch; singles of a half."""
+    if not whole:
+        return [[entry] for entry in entries]
+    middle = (len(entries) + 1) // 2
+    return [entries[:middle], entries[middle:]]
+
+
+def _blame(error: Exception) -> InferenceFailed:
+    if isinstance(error, InferenceFailed):
+        return error
+    failure = InferenceFailed("the device failed on this image alone; other images are served, try this one in another encoding")
+    failure.__cause__ = error
+    return failure
+
+
+def too_late(when: str) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the request's time ran out {when}; allow more with timeout_ms or send less at once")
