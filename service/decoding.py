@@ -1,17 +1,71 @@
-"""Pictures as people have them to upright RGB: limits before decoding, orientation, colour."""
+"""Pictures as people have them to upright RGB: limits held against the header, then decoding, colour, size and orientation.
+
+Order matters for memory: the picture is made small first and turned afterwards, so the peak is the decoder's own.
+Thread-safe: nothing global changes after import.
+"""
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
-from service.errors import BadImage, BodyTooLarge, EmptyBody, TooManyPixels, UnsupportedType
+from service.colour import to_resizable, to_rgb
+from service.errors import BadImage, BodyTooLarge, DetectorError, EmptyBody, TooManyPixels
+from service.formats import guard, sniff
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
+PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "JPEG2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
+}
+"""Readers used directly: Image.open would try others and warn by a global limit."""
+
+MAX_PIXELS_CEILING = 2 * 89_478_485
+"""Some readers refuse more on their own, by a global limit of Pillow that is left as it is."""
+DRAFT_MARGIN = 2
+"""A scaled JPEG keeps at least this many times the target's sides, so that the resize that follows decides how it looks."""
+
+_TURNS: dict[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture with this EXIF orientation upright."""
+
+# The decode pool is as wide as the CPU quota already.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+# A picture's oddities are its sender's and no news to the operator; catch_warnings cannot be used, as it is not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+HW = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +74,7 @@ class ImageLimits:
 
     Attributes:
         max_bytes: of the encoded picture.
-        max_pixels: width times height that the header claims.
+        max_pixels: width times height that the header claims, at most MAX_PIXELS_CEILING.
         min_side: pixels of the shorter side.
         max_aspect: longer side over shorter side.
     """
@@ -30,67 +84,128 @@ class ImageLimits:
     min_side: int = 2
     max_aspect: float = 50.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.max_pixels <= MAX_PIXELS_CEILING:
+            raise ValueError(f"max_pixels must lie in 1..{MAX_PIXELS_CEILING}, got {self.max_pixels}")
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What the header says. `stored_hw` is before orientation."""
+    """What the header says. `stored_hw` is (height, width) before orientation is applied."""
 
     format: str
     mode: str
-    stored_hw: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A picture whose header was read and found within the limits."""
-
-    image: Image.Image
-    info: ImageInfo
+    stored_hw: HW
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Upright RGB, perhaps smaller than the original, with the original's upright size."""
+    """Upright RGB, perhaps smaller than the original, with the original's upright (height, width)."""
 
     image: Image.Image
-    original_hw: tuple[int, int]
+    original_hw: HW
 
 
 @contextmanager
-def open_checked(data: bytes, limits: ImageLimits) -> Iterator[Opened]:
-    """Open lazily and hold the header against the limits."""
+def open_checked(data: bytes, limits: ImageLimits) -> Iterator[tuple[Image.Image, ImageInfo]]:
+    """Read the header and hold it against the limits; nothing is decoded yet.
+
+    Raises:
+        EmptyBody, BodyTooLarge, UnsupportedType, TooManyPixels, BadImage.
+    """
     if not data:
         raise EmptyBody("expected the bytes of a picture, got none")
     if len(data) > limits.max_bytes:
-        raise BodyTooLarge(f"a picture may have {limits.max_bytes} bytes, got {len(data)}")
+        raise BodyTooLarge(f"a picture may have {limits.max_bytes} bytes, got {len(data)}; send it smaller")
+    name = sniff(data)
+    guard(name, data)
+    with _blaming_the_picture(name, limits), PLUGINS[name](io.BytesIO(data)) as image:
+        info = ImageInfo(name, image.mode, (image.height, image.width))
+        _check_size(info.stored_hw, limits)
+        _check_tiles(image, info, limits)
+        yield image, info
+
+
+@contextmanager
+def _blaming_the_picture(name: str, limits: ImageLimits) -> Iterator[None]:
+    """Decoders raise almost anything on a broken file (SyntaxError, KeyError, struct.error, EOFError ...): one answer for all."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise UnsupportedType("expected JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000") from error
-    except Image.DecompressionBombError as error:
-        raise TooManyPixels(f"more than {limits.max_pixels} pixels") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadImage(f"cannot be opened: {error}") from error
-    with image:
-        width, height = image.size
-        if width * height > limits.max_pixels:
-            raise TooManyPixels(f"a picture may have {limits.max_pixels} pixels, the header says {width} x {height}")
-        if min(width, height) < limits.min_side:
-            raise BadImage(f"both sides must be at least {limits.min_side} pixels, got {width} x {height}")
-        if max(width, height) > limits.max_aspect * min(width, height):
-            raise BadImage(f"the longer side may be {limits.max_aspect:g} times the shorter, got {width} x {height}")
-        yield Opened(image, ImageInfo(str(image.format), image.mode, (height, width)))
+        yield
+    except DetectorError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixels(f"a picture may have {limits.max_pixels} pixels, this {name} claims more; send it smaller") from error
+    except Exception as error:
+        raise BadImage(f"the {name} is truncated, corrupt or of a kind that is not decoded: {error}") from error
 
 
-def decode_rgb(data: bytes, limits: ImageLimits, target: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> Decoded:
-    """Decode to upright RGB; resize to `target(upright_hw)` if given."""
-    with open_checked(data, limits) as opened:
-        try:
-            image = ImageOps.exif_transpose(opened.image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadImage(f"cannot be decoded: {error}") from error
-    original_hw = (image.height, image.width)
-    if target is not None:
-        height, width = target(original_hw)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return Decoded(image, original_hw)
+def _check_size(stored_hw: HW, limits: ImageLimits) -> None:
+    height, width = stored_hw
+    if width * height > limits.max_pixels:
+        raise TooManyPixels(f"a picture may have {limits.max_pixels} pixels, the header says {width} x {height}; send it smaller")
+    if min(width, height) < limits.min_side:
+        raise BadImage(f"both sides must be at least {limits.min_side} pixels, got {width} x {height}")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise BadImage(f"the longer side may be {limits.max_aspect:g} times the shorter, got {width} x {height}; cut it into pieces")
+
+
+def _check_tiles(image: ImageFile.ImageFile, info: ImageInfo, limits: ImageLimits) -> None:
+    """A TIFF may name tiles larger than itself, or cover itself many times over."""
+    if info.format != "TIFF":
+        return
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    tile_area = int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
+    if tile_area > limits.max_pixels:
+        raise TooManyPixels(f"a TIFF tile may have {limits.max_pixels} pixels, this one has {tile_area}; save it with smaller tiles")
+    height, width = info.stored_hw
+    covered = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (tile.extents for tile in image.tile if tile.extents is not None))
+    if covered > width * height * len(image.getbands()):
+        raise BadImage("the TIFF names more strips or tiles than its size holds; save it again")
+
+
+def decode_rgb(data: bytes, limits: ImageLimits, target: Callable[[HW], HW] | None = None) -> Decoded:
+    """Decode to upright sRGB.
+
+    Args:
+        data: the encoded picture.
+        limits: held against the header before anything is decoded.
+        target: from the original to the wanted (height, width), the same rule for a picture and the picture turned; None keeps the size.
+
+    Raises:
+        EmptyBody, BodyTooLarge, UnsupportedType, TooManyPixels, BadImage.
+    """
+    with open_checked(data, limits) as (image, info):
+        stored_hw, box = info.stored_hw, None
+        if target is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            box = _draft(image, target(stored_hw))
+        image.load()
+        profile = image.info.get("icc_profile")
+        orientation = _orientation(image)
+        pixels = to_resizable(image)
+        if target is not None:
+            height, width = target(stored_hw)
+            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        upright = _turn(to_rgb(pixels, profile), orientation)
+    return Decoded(upright, stored_hw[::-1] if orientation >= 5 else stored_hw)
+
+
+def _draft(image: JpegImagePlugin.JpegImageFile, target_hw: HW) -> tuple[float, float, float, float] | None:
+    """Let the JPEG decoder itself scale by 1/2, 1/4 or 1/8; returns the part of the result that is the picture."""
+    height, width = target_hw
+    drafted = image.draft(None, (DRAFT_MARGIN * width, DRAFT_MARGIN * height))
+    return drafted[1] if drafted is not None else None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 of a loaded picture; 1 where the tag is missing or broken. TIFF is turned while loading."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block does not make a picture worse
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image

@@ -63,8 +63,8 @@ def probe(data: bytes, limits: ImageLimits) -> ImageInfo:
     Raises:
         EmptyBody, BodyTooLarge, UnsupportedType, TooManyPixels, BadImage: as `prepare`.
     """
-    with open_checked(data, limits) as opened:
-        return opened.info
+    with open_checked(data, limits) as (_image, info):
+        return info
 
 
 def decode(data: bytes, limits: ImageLimits) -> Image.Image:
@@ -121,7 +121,7 @@ def choose_bucket(hw: tuple[int, int], spec: InputSpec) -> Bucket:
     if not fitting:
         offered = ", ".join(f"{height}x{width}" for height, width in spec.buckets)
         raise BadImage(
-            f"resized to {h}x{w} (height x width) the picture fits none of this model's inputs ({offered}); crop it closer to one of these shapes"
+            f"resized to {h}x{w} (height x width) the picture fits none of this model's inputs ({offered}); crop it to such a shape"
         )
     return min(fitting, key=lambda bucket: bucket[0] * bucket[1])
 
