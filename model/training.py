@@ -18,7 +18,8 @@ class AugmentConfig:
         scale: bounds of the factor on the size that the resize rule gives, drawn uniformly in the logarithm. 0.1 to 2.0 with
             `crop_to_input` is the large-scale jitter of detectron2; (0.8, 1.2) or so suits most data.
         crop_to_input: what a scale above 1 makes larger than the resize rule allows is cut back at random to that size.
-        short_sides: multi-scale training: one of these is drawn as the short side, with the long side in proportion; empty: the detector's own.
+        short_sides: multi-scale training: every batch draws one of these as its short side, the long side in proportion; empty: the
+            detector's own.
         crop: probability of a random crop before the resize; `crop_min` is the least kept part of each side.
         min_visible: a box that keeps less than this part of its area in a crop is dropped, the others are cut at the border.
         brightness, contrast, saturation: factors from 1 - v to 1 + v.  hue: turn of the colour circle, -v to v of a full turn.
@@ -64,7 +65,8 @@ class TrainConfig:
         early_stop_epochs: stop when validation AP has not risen for so many epochs; 0 is off.
         keep_last: how many checkpoints of the last epochs are kept beside best.pt.
         workers: loader processes; 0 loads in the training process.
-        seed: of weights, order and augmentation. Augmentation depends only on (seed, epoch, picture), so neither workers nor a resume change it.
+        checkpoint_minutes: last.pt is written at every epoch's end and at least this often within an epoch.
+        seed: of weights, order and augmentation. Augmentation depends only on (seed, epoch, picture), not on workers or a resume.
         loss_limit: a total loss above it counts as exploded.
     """
 
@@ -95,6 +97,7 @@ class TrainConfig:
     early_stop_epochs: int = 0
     keep_last: int = 2
     workers: int = 2
+    checkpoint_minutes: float = 10.0
     seed: int = 0
     loss_limit: float = 1e4
 

@@ -1,0 +1,102 @@
+"""Checkpoints: a plain dict of tensors and plain values, written atomically, read with `weights_only=True`.
+
+Keys: "format", "detector" (state dict; the moving average where one is kept), "config" (of the detector), "training" (data set, command,
+commit, epoch, metrics) and, where training can go on from the file, "resume".
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import DetectorConfig, config_from_dict, to_dict
+from model.faster_rcnn import FasterRCNN, build_detector
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds. `resume` is None in files for inference only."""
+
+    detector: dict[str, Tensor]
+    config: DetectorConfig
+    training: dict[str, Any]
+    resume: dict[str, Any] | None = None
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint so that at any moment either the old file or the new one is whole.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; a previous file of this name is untouched.
+    """
+    content = {
+        "format": FORMAT,
+        "detector": checkpoint.detector,
+        "config": to_dict(checkpoint.config),
+        "training": checkpoint.training,
+    }
+    if checkpoint.resume is not None:
+        content["resume"] = checkpoint.resume
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        kept = "the previous file is untouched" if path.exists() else "nothing was left behind"
+        raise CheckpointError(f"cannot write {path}: {error}; {kept}. Free some space, then go on with --resume") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint onto the CPU. No code from the file is run.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint of this project, or of another version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; a training run writes best.pt and last.pt into its folder")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not {"format", "detector", "config", "training"} <= content.keys():
+        raise CheckpointError(f"{path} holds no detector of this project; expected the keys format, detector, config, training")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {content['format']}, this version reads format {FORMAT}")
+    return Checkpoint(content["detector"], config_from_dict(content["config"]), content["training"], content.get("resume"))
+
+
+def load_detector(path: Path) -> FasterRCNN:
+    """The detector of a checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    checkpoint = load_checkpoint(path)
+    detector = build_detector(checkpoint.config)
+    detector.load_state_dict(checkpoint.detector)
+    return detector.eval()
