@@ -57,7 +57,7 @@ def pool_on_canvas(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[in
         top = top + feature.shape[2] + 2 * BORDER
     levels = assign_levels(rois, len(features), config)
     scale = _per_level([1.0 / s for s in _strides(features, padded_hw)], levels, rois)
-    shift_y = _per_level([float(offset) for offset in offsets], levels, rois)
+    shift_y = _per_level(offsets, levels, rois)
     shift = torch.stack([torch.full_like(shift_y, BORDER), shift_y], dim=-1).repeat(1, 1, 2)  # [B, R, 4]
     return _align(canvas, rois * scale[..., None] + shift, 1.0, config)
 
@@ -83,7 +83,7 @@ def _per_level(values: Sequence[float], levels: Tensor, like: Tensor) -> Tensor:
 
 
 def _align(feature: Tensor, rois: Tensor, scale: float, config: RoIConfig) -> Tensor:
-    return roi_align(
+    pooled: Tensor = roi_align(
         feature,
         _with_batch_index(rois).to(feature.dtype),
         config.pool_size,
@@ -91,3 +91,4 @@ def _align(feature: Tensor, rois: Tensor, scale: float, config: RoIConfig) -> Te
         sampling_ratio=config.sampling_ratio,
         aligned=config.pool == "align",
     )
+    return pooled
