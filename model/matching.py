@@ -20,12 +20,12 @@ class Samples(NamedTuple):
     """A fixed number of candidates an image.
 
     Attributes:
-        index: `[B, S]` into the candidates, foreground first.
+        rows: `[B, S]` into the candidates, foreground first.
         foreground: bool `[B, S]`.
         valid: bool `[B, S]`; false where an image had too few candidates. Foreground implies valid.
     """
 
-    index: Tensor
+    rows: Tensor
     foreground: Tensor
     valid: Tensor
 

@@ -32,7 +32,7 @@ def greedy_nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh:
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for index in range(boxes.shape[0]):
         valid = scores[index] > INVALID_SCORE
-        for group in [valid] if groups is None else [valid & (groups[index] == g) for g in groups[index][valid].unique()]:
+        for group in [valid] if groups is None else [valid & (groups[index] == g) for g in torch.unique(groups[index][valid])]:
             rows = group.nonzero()[:, 0]
             keep[index, rows[torchvision_nms(boxes[index, rows], scores[index, rows], iou_thresh)]] = True
     return keep

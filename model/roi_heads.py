@@ -109,9 +109,9 @@ def sample_rois(proposals: Proposals, gt_boxes: Tensor, gt_labels: Tensor, confi
         rois, gt_boxes, gt_valid, fg_iou_thresh=config.fg_iou_thresh, bg_iou_thresh=config.fg_iou_thresh, allow_low_quality=False
     )
     samples: Samples = sample(matched, config.samples_per_image, config.positive_fraction, eligible=valid)
-    rows = matched.gather(1, samples.index).clamp(min=0)
-    labels = torch.where(samples.foreground, gt_labels.gather(1, rows), 0)
-    return RoISamples(take_rows(rois, samples.index), labels, take_rows(gt_boxes, rows), samples.valid)
+    gt_rows = matched.gather(1, samples.rows).clamp(min=0)
+    labels = torch.where(samples.foreground, gt_labels.gather(1, gt_rows), 0)
+    return RoISamples(take_rows(rois, samples.rows), labels, take_rows(gt_boxes, gt_rows), samples.valid)
 
 
 def roi_loss(logits: Tensor, deltas: Tensor, samples: RoISamples, config: RoIConfig) -> tuple[Tensor, Tensor]:

@@ -114,12 +114,12 @@ def rpn_loss(output: RPNOutput, anchors: Sequence[Tensor], gt_boxes: Tensor, gt_
             allow_low_quality=True,
         )
         samples = sample(matched, config.samples_per_image, config.positive_fraction)
-        rows = matched.gather(1, samples.index).clamp(min=0)
-        wanted = box_ops.encode_deltas(_safe(take_rows(gt_boxes, rows), samples.foreground), take_rows(all_anchors, samples.index))
+        gt_rows = matched.gather(1, samples.rows).clamp(min=0)
+        wanted = box_ops.encode_deltas(_safe(take_rows(gt_boxes, gt_rows), samples.foreground), take_rows(all_anchors, samples.rows))
     count = samples.valid.sum().clamp(min=1)
-    sampled = logits.gather(1, samples.index)
+    sampled = logits.gather(1, samples.rows)
     cls = F.binary_cross_entropy_with_logits(sampled, samples.foreground.float(), weight=samples.valid.float(), reduction="sum")
-    reg = F.smooth_l1_loss(take_rows(deltas, samples.index).float(), wanted, beta=config.smooth_l1_beta, reduction="none").sum(-1)
+    reg = F.smooth_l1_loss(take_rows(deltas, samples.rows).float(), wanted, beta=config.smooth_l1_beta, reduction="none").sum(-1)
     return cls / count, torch.where(samples.foreground, reg, 0.0).sum() / count
 
 

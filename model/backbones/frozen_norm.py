@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 
-class FrozenNorm(FrozenBatchNorm2d):
+class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
     """Holds the statistics (and their names in the state dict); the convolution before it applies them."""
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift `[C]`."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+        scale: Tensor = self.weight * (self.running_var + self.eps).rsqrt()
+        shift: Tensor = self.bias - self.running_mean * scale
+        return scale, shift
 
     def forward(self, x: Tensor) -> Tensor:
         return x

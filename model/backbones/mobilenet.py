@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class MobileNetV2(nn.Module):
     def stages(self) -> list[nn.Module]:
         """Five stages, stem first, for freezing: those that end at strides 2, 4, 8, 16 and 32."""
         bounds = [0, 2, 4, 7, 14, LAST_BLOCK + 1]
-        return [self.features[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [self.features[a:b] for a, b in itertools.pairwise(bounds)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps `[B, C_l, H / stride, W / stride]`, finest first."""
