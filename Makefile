@@ -1,0 +1,54 @@
+# Every verb is one line of the README; `make help` lists them.
+PYTHON ?= python3
+PORT ?= 8000
+# The GPU build of the runtime comes only where an NVIDIA driver answers.
+DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+SERVE := .venv-serve/bin/python
+DEV := .venv/bin/python
+INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-slow train export bench soak lint format up requirements
+
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
+
+serve: .venv-serve/.$(DEVICE)  ## serve the bundled demo model on port 8000 (PORT=...)
+	DETECTOR_PORT=$(PORT) $(SERVE) -m service
+
+test: .venv/.ready  ## the tests that CI runs
+	$(DEV) -m ruff check . && $(DEV) -m ruff format --check . && $(DEV) -m mypy && OMP_NUM_THREADS=1 $(DEV) -m pytest
+
+test-slow: .venv/.ready  ## the proofs that take minutes
+	$(DEV) -m pytest -m "slow and not gpu"
+
+train: .venv/.ready  ## train on your data: make train ARGS="--data FOLDER --out runs/mine"
+	$(DEV) -m model.train $(ARGS)
+
+export: .venv/.ready  ## checkpoint to a served version: make export ARGS="runs/mine/best.pt --name mine"
+	$(DEV) -m export $(ARGS)
+
+bench: .venv/.ready  ## measure the service against a bare loop of the runtime
+	$(DEV) -m benchmarks.serving $(ARGS)
+
+lint: .venv/.ready  ## ruff and mypy
+	$(DEV) -m ruff check . && $(DEV) -m ruff format --check . && $(DEV) -m mypy
+
+format: .venv/.ready  ## rewrite the sources as ruff likes them
+	$(DEV) -m ruff format . && $(DEV) -m ruff check --fix .
+
+up:  ## service, Prometheus and Grafana in containers
+	docker compose up --build
+
+requirements: .venv/.ready  ## compile requirements/*.txt anew from pyproject.toml
+	$(PYTHON) requirements/compile.py
+
+.venv-serve/.$(DEVICE): requirements/$(DEVICE).txt
+	$(PYTHON) -m venv .venv-serve
+	$(SERVE) $(INSTALL) -r $<
+	touch $@
+
+.venv/.ready: requirements/dev.txt
+	$(PYTHON) -m venv .venv
+	$(DEV) $(INSTALL) -r $<
+	touch $@
