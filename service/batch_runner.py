@@ -83,10 +83,8 @@ class BatchRunner:
             if outcomes is None:
                 pieces.extend((part, splits + 1) for part in reversed(_split(entries, whole=splits == 0)))
                 continue
-            with self._lock:
-                for entry in entries:
-                    entry.phase = "done"
-                if not pieces:
+            if not pieces:
+                with self._lock:
                     self._queue.finish(batch, now=self._clock())
             self._post(outcomes)
 

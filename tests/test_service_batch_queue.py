@@ -112,6 +112,21 @@ def test_groups_get_equal_device_time_whatever_they_offer() -> None:
     assert served["a"] == pytest.approx(served["b"], rel=0.03)
 
 
+def test_groups_are_charged_what_their_batches_really_take() -> None:
+    queue = make_queue({"a": "slower than its table", "b": "as its table"}, max_images=64, batch=4)
+    now, served = 0.0, Counter()
+    for _ in range(200):
+        for key in "ab":
+            while queue.snapshot(now).depths[key] < 8:
+                admit(queue, key, now)
+        batch = taken(queue, now)
+        took_s = batch.expected_s * (3 if batch.lane.key == "a" else 1)
+        served[batch.lane.key] += took_s
+        now += took_s
+        queue.finish(batch, now=now)
+    assert served["a"] == pytest.approx(served["b"], rel=0.03)
+
+
 def test_idleness_earns_no_credit() -> None:
     queue = make_queue({"a": "busy", "b": "idle"}, max_images=64, batch=4)
     now = 0.0

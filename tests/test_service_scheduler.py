@@ -278,6 +278,35 @@ def test_a_failing_batch_is_split_until_only_the_guilty_image_fails(guilty: int)
     scheduled(test)
 
 
+def test_a_client_that_left_is_not_run_again_when_its_batch_is_split() -> None:
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        gate = HeldDevice()
+        calls: list[list[int]] = []
+
+        def run(device: int, items: Sequence[int]) -> list[int]:
+            calls.append(list(items))
+            gate.run(device, items)
+            if len(items) > 2:
+                raise ValueError("bad pixels")
+            return double(device, items)
+
+        scheduler.add_lane("a", run, costs=COSTS, max_batch_size=8)
+        held = scheduler.submit("a", -1)
+        await gate.begun.get()
+        futures = [scheduler.submit("a", item) for item in range(4)]
+        gate.let()
+        await held
+        await gate.begun.get()
+        futures[1].cancel()
+        await asyncio.sleep(0)
+        gate.let(3)
+        assert await outcomes([futures[0], *futures[2:]]) == [0, 4, 6]
+        assert calls == [[-1], [0, 1, 2, 3], [0], [2, 3]]
+        assert recorder.left == {"running": 1}
+
+    scheduled(test)
+
+
 def test_a_wrong_number_of_results_is_a_failure() -> None:
     async def test(scheduler: Scheduler, recorder: Recorder) -> None:
         scheduler.add_lane("a", lambda _device, items: [*items, 0], costs=COSTS, max_batch_size=8)
