@@ -6,6 +6,7 @@ B images of a batch, G boxes of the fullest picture (at least 1). A batch is wha
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,8 +57,12 @@ def collate(examples: list[Example], image_ids: list[str]) -> Batch:
     return Batch(images, torch.tensor(sizes), Targets(torch.from_numpy(boxes), torch.from_numpy(labels)), tuple(image_ids))
 
 
-class TrainingPictures(Dataset[Batch]):
-    """Map from a batch of draws to a `Batch`; runs in the loader's workers."""
+Loaded = tuple[Example, str] | DataError
+"""A picture with its id, or why it cannot be used. Workers send errors as values: raised there, they would arrive as tracebacks."""
+
+
+class TrainingPictures(Dataset[Loaded]):
+    """Map from a draw to a picture; runs in the loader's workers."""
 
     def __init__(self, dataset: DetectionSet, config: AugmentConfig, frame: InputConfig, seed: int) -> None:
         self.dataset = dataset
@@ -65,7 +70,7 @@ class TrainingPictures(Dataset[Batch]):
         self.frame = frame
         self.seed = seed
 
-    def __getitem__(self, draw: Draw) -> tuple[Example, str]:
+    def __getitem__(self, draw: Draw) -> Loaded:
         record = self.dataset.records[draw.index]
         rng = np.random.default_rng([self.seed, draw.epoch, draw.index, draw.copy])
         short = draw.short_side or self.frame.short_side
@@ -75,15 +80,20 @@ class TrainingPictures(Dataset[Batch]):
                 return mosaic_example(self.dataset, draw.index, self.config, (short, long), rng), record.image_id
             return augmented_example(record, self.config, short, long, rng), record.image_id
         except ImageError as error:
-            raise DataError(
+            return DataError(
                 f"image '{record.image_id}': {error.sentence}; repair it, or leave faulty records out with --skip-bad "
                 "(`python -m model.data check` lists them)"
-            ) from None
+            )
 
 
-def _collate_pairs(pairs: list[tuple[Example, str]]) -> Batch:
-    examples, image_ids = zip(*pairs, strict=True)
-    return collate(list(examples), list(image_ids))
+def _collate_loaded(loaded: list[Loaded]) -> Batch | DataError:
+    examples, image_ids = [], []
+    for item in loaded:
+        if isinstance(item, DataError):
+            return item
+        examples.append(item[0])
+        image_ids.append(item[1])
+    return collate(examples, image_ids)
 
 
 @dataclass(frozen=True)
@@ -167,22 +177,36 @@ def training_batches(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of all epochs from a position on, without a pause between epochs. Takes nothing from torch's global generator."""
+    """Batches of all epochs from a position on, without a pause between epochs. Takes nothing from torch's global generator.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes.
+        DataError: on the way, a picture that cannot be used.
+    """
     if config.batch_size % world:
         raise ValueError(f"training.batch_size {config.batch_size} is for all processes together; make it a multiple of {world}")
     schedule = _Schedule(BatchPlan.of(dataset, config), range(first_epoch, config.epochs), first_batch, rank, world)
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Loaded] = DataLoader(
         TrainingPictures(dataset, config.augment, frame, config.seed),
         batch_sampler=schedule,  # type: ignore[arg-type]
         num_workers=config.workers,
-        collate_fn=_collate_pairs,
+        collate_fn=_collate_loaded,
         pin_memory=pin_memory,
-        worker_init_fn=_single_thread if config.workers else None,
+        worker_init_fn=_start_worker if config.workers else None,
         generator=torch.Generator(),  # the loader draws a base seed; not from the generator that the network samples with
         prefetch_factor=4 if config.workers else None,
     )
-    return iter(loader)
+    return _raise_errors(iter(loader))
 
 
-def _single_thread(_: int) -> None:
+def _raise_errors(loaded: Iterator[Batch | DataError]) -> Iterator[Batch]:
+    for batch in loaded:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # both may reach the whole group; the training process decides when to stop

@@ -1,0 +1,400 @@
+"""The training loop: step, log, validate, save, and go on exactly where it stopped.
+
+B images of this process's part of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.checkpoint import Checkpoint, save_checkpoint
+from model.data.loader import Batch, BatchPlan, training_batches
+from model.data.records import DetectionSet
+from model.faster_rcnn import FasterRCNN, Targets
+from model.inference import predict
+from model.metrics.report import Report, evaluate_detections
+from model.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
+from model.processes import Processes
+from model.progress import TrainingProgress
+from model.run_folder import RunFolder
+from model.stopping import Interruption
+from model.training import TrainConfig
+
+LOSSES = ("rpn_cls", "rpn_reg", "roi_cls", "roi_reg")
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AGREE_EVERY = 20
+"""With several processes, batches between two agreements on stopping and saving; each costs a round trip."""
+
+STOP, SAVE = 2, 1
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the pictures or the setting and what to try."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: best validation AP and its epoch (from 0), and the sentence for the person who waited."""
+
+    best_ap: float
+    best_epoch: int
+    finished: bool
+    message: str
+
+
+@dataclass
+class Position:
+    """Where a run stands; all of it is in a checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0
+    batches_done: int = 0
+    optimizer_steps: int = 0
+    best_ap: float = -1.0
+    best_epoch: int = -1
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOSSES, 0.0))
+
+
+class _Step(NamedTuple):
+    """A step whose numbers have not been read from the device yet."""
+
+    batch_number: int
+    image_ids: tuple[str, ...]
+    numbers: Tensor  # the four losses and the gradient's norm
+    rate: float
+
+
+class Trainer:
+    """Trains a detector on one split and validates it on another."""
+
+    def __init__(
+        self,
+        detector: FasterRCNN,
+        train: DetectionSet,
+        val: DetectionSet | None,
+        config: TrainConfig,
+        folder: RunFolder,
+        processes: Processes,
+        *,
+        facts: dict[str, Any],
+        quiet: bool = False,
+    ) -> None:
+        self.train_set, self.val_set, self.config, self.folder, self.processes = train, val, config, folder, processes
+        self.facts = facts
+        self.detector = detector.to(processes.device)
+        if config.sync_bn and processes.world > 1:
+            self.detector = nn.SyncBatchNorm.convert_sync_batchnorm(self.detector)
+        self.average = MovingAverage(self.detector, config.ema_decay) if config.ema_decay else None
+        self.parallel: nn.Module = DistributedDataParallel(self.detector) if processes.world > 1 else self.detector
+        self.optimizer = build_optimizer(self.detector, config)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16" and processes.device.type == "cuda")
+        self.plan = BatchPlan.of(train, config)
+        self.position = Position()
+        self.report: Report | None = None
+        self._pending: deque[_Step] = deque()
+        self._saved_at = time.monotonic()
+        self._waited = self._worked = 0.0
+        lengths = sum(len(self.plan.batches(epoch)) for epoch in range(config.epochs))
+        self.progress = TrainingProgress(lengths, quiet=quiet or not processes.leads)
+
+    # -- the run --------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Trains to the end, or until it is interrupted; the state is saved either way.
+
+        Raises:
+            TrainingError: a loss that is no number or has exploded, or memory that does not suffice.
+        """
+        seed_everything(self.config.seed + self.processes.rank) if self.position.batches_done == 0 else None
+        if self.processes.leads:
+            self.folder.rewind(self.position.batches_done)
+        start = self.position
+        batches = training_batches(
+            self.train_set,
+            self.detector.config.input,
+            self.config,
+            first_epoch=start.epoch,
+            first_batch=start.batch,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            pin_memory=self.processes.device.type == "cuda",
+        )
+        with Interruption() as interruption, self.progress:
+            while self.position.epoch < self.config.epochs:
+                if not self._epoch(batches, interruption):
+                    self._save_last()
+                    return self._outcome(finished=False)
+                if self._tired():
+                    self.progress.say(f"stopped early: no better AP for {self.config.early_stop_epochs} epochs")
+                    break
+        return self._outcome(finished=True)
+
+    def _epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
+        """One epoch from the current position; False if it was interrupted."""
+        position = self.position
+        length = len(self.plan.batches(position.epoch))
+        self.parallel.train()
+        while position.batch < length:
+            started = time.perf_counter()
+            batch = self._next(batches)
+            waited = time.perf_counter() - started
+            last_of_step = (position.batch + 1) % self.config.accumulate == 0 or position.batch + 1 == length
+            with self._explained(batch):
+                self._step(batch, position.epoch + position.batch / length, last_of_step=last_of_step)
+            position.batch += 1
+            position.batches_done += 1
+            self._read_pending(keep=1 if self.processes.device.type == "cuda" else 0, waited=waited, started=started)
+            if last_of_step and self._interrupted(interruption):
+                self._read_pending(keep=0)
+                return False
+        self._read_pending(keep=0)
+        self._finish_epoch(length)
+        return True
+
+    def _finish_epoch(self, length: int) -> None:
+        position = self.position
+        epoch = position.epoch
+        means = {name: total / length for name, total in position.sums.items()}
+        validated = self.val_set is not None and ((epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.config.epochs)
+        better = self._validate(means) if validated else False
+        if self.val_set is None:
+            position.best_epoch, better = epoch, True
+        position.epoch, position.batch, position.sums = epoch + 1, 0, dict.fromkeys(LOSSES, 0.0)
+        self._save_last()
+        if self.processes.leads:
+            self.folder.keep_epoch(epoch + 1, self.config.keep_last)
+            if better:
+                save_checkpoint(self.folder.best, self._checkpoint(resume=None))
+        self.parallel.train()
+
+    def _tired(self) -> bool:
+        patience = self.config.early_stop_epochs
+        return patience > 0 and self.position.best_epoch >= 0 and self.position.epoch - 1 - self.position.best_epoch >= patience
+
+    def _outcome(self, *, finished: bool) -> Outcome:
+        position = self.position
+        if finished:
+            message = f"done: best validation AP {position.best_ap:.4f} in epoch {position.best_epoch + 1}, {self.folder.best}"
+        else:
+            message = (
+                f"interrupted in epoch {position.epoch + 1} after batch {position.batch}; saved {self.folder.last}. "
+                f"Go on with: python -m model.train --out {self.folder.path} --resume"
+            )
+        return Outcome(position.best_ap, position.best_epoch, finished, message)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a loader process died ({str(error).splitlines()[0]}). Too little memory or shared memory is the usual reason: lower "
+                f"training.workers (now {self.config.workers}; 0 loads in this process), or give a container more with --shm-size"
+            ) from error
+
+    # -- one step -------------------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch, progress: float, *, last_of_step: bool) -> None:
+        config, device = self.config, self.processes.device
+        rate = learning_rate(self.position.optimizer_steps, progress, config)
+        set_learning_rate(self.optimizer, rate)
+        targets = Targets(batch.targets.boxes.to(device, non_blocking=True), batch.targets.labels.to(device, non_blocking=True))
+        images, sizes_hw = batch.images.to(device, non_blocking=True), batch.image_sizes_hw.to(device, non_blocking=True)
+        amp = torch.autocast(device.type, AMP_TYPES.get(config.amp, torch.bfloat16), enabled=config.amp != "off")
+        with self._without_sync(last_of_step):
+            with amp:
+                losses = self.parallel(images, sizes_hw, targets)
+                total = sum(losses[name] for name in LOSSES)
+            self.scaler.scale(total / config.accumulate).backward()
+        norm = self._update() if last_of_step else torch.zeros((), device=device)
+        numbers = torch.stack([*(losses[name].detach().float() for name in LOSSES), norm.detach().float()])
+        self._pending.append(_Step(self.position.batches_done + 1, batch.image_ids, self.processes.mean(numbers), rate))
+
+    def _without_sync(self, last_of_step: bool) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.parallel, DistributedDataParallel) and not last_of_step:
+            return self.parallel.no_sync()  # type: ignore[no-untyped-call,no-any-return]
+        return contextlib.nullcontext()
+
+    def _update(self) -> Tensor:
+        """One optimizer step; returns the gradient's norm before clipping (0 where it is not needed)."""
+        norm = torch.zeros((), device=self.processes.device)
+        if self.config.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position.optimizer_steps += 1
+        if self.average is not None:
+            self.average.update(self.detector)
+        return norm
+
+    def _read_pending(self, *, keep: int, waited: float = 0.0, started: float | None = None) -> None:
+        """Reads finished steps from the device. One step may stay behind, so that a GPU never waits for this."""
+        while len(self._pending) > keep:
+            step = self._pending.popleft()
+            *losses, norm = step.numbers.tolist()
+            self._check(step, losses, norm)
+            for name, value in zip(LOSSES, losses, strict=True):
+                self.position.sums[name] += value
+            seconds = time.perf_counter() - started if started is not None else 0.0
+            self._log_step(step, losses, norm, waited, seconds)
+
+    def _log_step(self, step: _Step, losses: list[float], norm: float, waited: float, seconds: float) -> None:
+        self._waited, self._worked = 0.95 * self._waited + waited, 0.95 * self._worked + seconds
+        share = self._waited / self._worked if self._worked else 0.0
+        if not self.processes.leads:
+            return
+        total = sum(losses)
+        values = {"epoch": self.position.epoch, "loss": total, **dict(zip(LOSSES, losses, strict=True)), "grad_norm": norm, "lr": step.rate}
+        rate = self.config.batch_size / seconds if seconds else 0.0
+        self.folder.log("train", step.batch_number, values, {"seconds": seconds, "data_wait_share": share, "images_per_s": rate})
+        self.progress.update(step.batch_number, self.position.epoch, total, rate, share)
+
+    def _check(self, step: _Step, losses: list[float], norm: float) -> None:
+        total = sum(losses)
+        fine_norm = np.isfinite(norm) or self.config.amp == "fp16"  # loss scaling meets an infinite gradient now and then
+        if np.isfinite(total) and total <= self.config.loss_limit and fine_norm:
+            return
+        raise TrainingError(self._explosion(step, losses, norm))
+
+    def _explosion(self, step: _Step, losses: list[float], norm: float) -> str:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(LOSSES, losses, strict=True))
+        saved = f"the last good state is in {self.folder.last}" if self.folder.last.exists() else "no checkpoint was written yet"
+        return (
+            f"the loss is {sum(losses):.4g} at batch {step.batch_number} ({shown}, gradient norm {norm:.4g}); "
+            f"its pictures: {', '.join(step.image_ids)}; {saved}. Try a lower rate (--set training.lr={self.config.lr / 3:.2g}), a longer "
+            f"warm-up (--set training.warmup_iterations={max(100, 2 * self.config.warmup_iterations)}), bf16 instead of fp16, and look at "
+            "the data with `python -m model.data check`"
+        )
+
+    @contextlib.contextmanager
+    def _explained(self, batch: Batch) -> Iterator[None]:
+        """Turns running out of memory into advice."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            config, (pictures, height, width) = self.config, batch.images.shape[:3]
+            raise TrainingError(
+                f"out of memory with {pictures} pictures of {width} x {height} a process. Lower training.batch_size (now "
+                f"{config.batch_size}) and raise training.accumulate (now {config.accumulate}) to keep their product, or lower "
+                f"detector.input.short_side, or on a GPU set training.amp=bf16 (now {config.amp}). Original: {str(error).splitlines()[0]}"
+            ) from error
+
+    # -- validation -----------------------------------------------------------------------------------------------------------
+
+    def _validate(self, means: dict[str, float]) -> bool:
+        """Validates the moving average (or the weights); True if it is the best so far. All processes share the work."""
+        assert self.val_set is not None
+        started = time.perf_counter()
+        evaluated = self.average.detector if self.average is not None else self.detector
+        mine = list(range(self.processes.rank, len(self.val_set), self.processes.world))
+        parts = self.processes.gather(dict(zip(mine, predict(evaluated, self.val_set, indices=mine), strict=True)))
+        predictions = {index: prediction for part in parts for index, prediction in part.items()}
+        self.report = evaluate_detections(self.val_set, [predictions[index] for index in range(len(self.val_set))])
+        position, stats = self.position, self.report.coco.stats
+        better = stats["AP"] > position.best_ap
+        if better:
+            position.best_ap, position.best_epoch = stats["AP"], position.epoch
+        if self.processes.leads:
+            values = {"epoch": position.epoch, **stats, "voc_ap50": self.report.voc_ap50, **{f"mean_{k}": v for k, v in means.items()}}
+            self.folder.log("val", position.batches_done, values, {"seconds": time.perf_counter() - started})
+            self.progress.say(
+                f"epoch {position.epoch + 1}/{self.config.epochs}  loss {sum(means.values()):.4f}  AP {stats['AP']:.4f}  "
+                f"AP50 {stats['AP50']:.4f}  VOC AP50 {self.report.voc_ap50:.4f}{'  best' if better else ''}"
+            )
+        return better
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------------
+
+    def _interrupted(self, interruption: Interruption) -> bool:
+        """Whether to stop now; saves on the way if it is time to."""
+        if self.processes.world > 1 and self.position.batches_done % AGREE_EVERY:
+            return False
+        due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
+        code = self.processes.agree(STOP if interruption.asked else SAVE if due else 0)
+        if code == SAVE:
+            self._read_pending(keep=0)
+            self._save_last()
+        return code == STOP
+
+    def _save_last(self) -> None:
+        rng = self.processes.gather(rng_state())
+        if self.processes.leads:
+            save_checkpoint(self.folder.last, self._checkpoint(resume=self._resume_state(rng)))
+        self._saved_at = time.monotonic()
+
+    def _checkpoint(self, resume: dict[str, Any] | None) -> Checkpoint:
+        source = self.average.detector if self.average is not None else self.detector
+        metrics = self.report.to_dict() if self.report is not None else {}
+        training = {**self.facts, "epoch": self.position.epoch, "metrics": metrics}
+        return Checkpoint(source.state_dict(), self.detector.config, training, resume)
+
+    def _resume_state(self, rng: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "train_config": dataclasses.asdict(self.config),
+            "position": dataclasses.asdict(self.position),
+            "detector": self.detector.state_dict() if self.average is not None else None,
+            "average_steps": self.average.steps if self.average is not None else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint with a "resume" part, to the bit on the same kind of device and number of processes.
+
+        Raises:
+            TrainingError: the checkpoint is for inference only, or was made by another number of processes.
+        """
+        resume = checkpoint.resume
+        if resume is None:
+            raise TrainingError(f"{self.folder.last} is for inference only and cannot be resumed")
+        if len(resume["rng"]) != self.processes.world:
+            raise TrainingError(f"the run was made by {len(resume['rng'])} processes, this is {self.processes.world}; start as many")
+        self.detector.load_state_dict(resume["detector"] or checkpoint.detector)
+        if self.average is not None:
+            self.average.detector.load_state_dict(checkpoint.detector)
+            self.average.steps = resume["average_steps"]
+        self.optimizer.load_state_dict(resume["optimizer"])
+        self.scaler.load_state_dict(resume["scaler"])
+        self.position = Position(**resume["position"])
+        set_rng_state(resume["rng"][self.processes.rank])
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of all global generators as tensors and plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, torch.tensor(keys), *rest]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
