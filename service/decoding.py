@@ -6,7 +6,6 @@ Thread-safe: nothing global changes after import.
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from PIL import (
 
 from service.colour import to_resizable, to_rgb
 from service.errors import BadImage, BodyTooLarge, DetectorError, EmptyBody, TooManyPixels
-from service.formats import guard, sniff
+from service.formats import MeteredFile, guard, sniff
 
 PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -119,7 +118,7 @@ def open_checked(data: bytes, limits: ImageLimits) -> Iterator[tuple[Image.Image
         raise BodyTooLarge(f"a picture may have {limits.max_bytes} bytes, got {len(data)}; send it smaller")
     name = sniff(data)
     guard(name, data)
-    with _blaming_the_picture(name, limits), PLUGINS[name](io.BytesIO(data)) as image:
+    with _blaming_the_picture(name, limits), PLUGINS[name](MeteredFile(data)) as image:
         info = ImageInfo(name, image.mode, (image.height, image.width))
         _check_size(info.stored_hw, limits)
         _check_tiles(image, info, limits)
