@@ -1,0 +1,168 @@
+"""Training as a person starts it: a run folder, an exact resume after any kind of end, and sentences where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint, load_detector
+from model.data.synthetic import write_voc
+from model.train import main, with_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "detector.input.short_side=64",
+    "detector.input.long_side=96",
+    "detector.input.buckets=[[64,96],[96,64]]",
+    "detector.rpn.post_nms_top_n_train=32",
+    "detector.rpn.post_nms_top_n_test=16",
+    "detector.roi.samples_per_image=16",
+    "detector.roi.hidden=32",
+    "training.batch_size=2",
+    "training.warmup_iterations=2",
+    "training.epochs=2",
+]
+
+
+def arguments(data: Path, out: Path, *settings: str, options: tuple[str, ...] = ()) -> list[str]:
+    pairs = [part for setting in (*TINY, *settings) for part in ("--set", setting)]
+    return ["--preset", "mobilenet_v2_fpn", "--data", str(data), "--out", str(out), "--threads", "1", "--device", "cpu", *pairs, *options]
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without wall-clock values."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = load_checkpoint(a).detector, load_checkpoint(b).detector
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("voc"), {"train": 6, "val": 3})
+
+
+@pytest.fixture(scope="module")
+def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(arguments(data, out, "training.workers=0")) == 0
+    return out
+
+
+def test_a_run_leaves_one_folder_with_everything(whole_run: Path) -> None:
+    assert {"config.json", "environment.json", "metrics.jsonl", "best.pt", "last.pt", "tensorboard", "epochs"} <= {
+        path.name for path in whole_run.iterdir()
+    }
+    assert sorted(path.name for path in (whole_run / "epochs").iterdir()) == ["epoch_0001.pt", "epoch_0002.pt"]
+    assert load_checkpoint(whole_run / "best.pt").resume is None
+    assert load_detector(whole_run / "best.pt").config.class_names == ("disc", "square", "triangle")
+    steps = [line for line in curve(whole_run) if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] == pytest.approx(sum(line[k] for k in ("rpn_cls", "rpn_reg", "roi_cls", "roi_reg"))) for line in steps)
+    assert [line["epoch"] for line in curve(whole_run) if line["kind"] == "val"] == [0, 1]
+
+
+def test_workers_change_nothing(data: Path, whole_run: Path, tmp_path: Path) -> None:
+    assert main(arguments(data, tmp_path / "run", "training.workers=2")) == 0
+    assert curve(tmp_path / "run") == curve(whole_run)
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "model.train", *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str], seconds: float = 200) -> None:
+    """Returns once the run has logged a step and has a checkpoint."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if (out / "last.pt").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step}: {process.communicate(timeout=10)}")
+
+
+def test_killed_and_resumed_is_the_run_that_was_not_killed(data: Path, whole_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = start(arguments(data, out, "training.workers=1", "training.checkpoint_minutes=0"))
+    wait_for_step(out, 2, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(curve(out)) < len(curve(whole_run))
+    assert main(["--out", str(out), "--resume", "--threads", "1", "--device", "cpu"]) == 0
+    assert curve(out) == curve(whole_run)
+    assert same_weights(out / "last.pt", whole_run / "last.pt")
+    assert same_weights(out / "best.pt", whole_run / "best.pt")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, whole_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "interrupted"
+    process = start(arguments(data, out, "training.workers=1", "training.checkpoint_minutes=0"))
+    wait_for_step(out, 1, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert f"--out {out} --resume" in output
+    assert main(["--out", str(out), "--resume", "--threads", "1", "--device", "cpu"]) == 0
+    assert curve(out) == curve(whole_run)
+
+
+def test_exploding_loss_names_pictures_and_advice(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(data, tmp_path / "run", "training.loss_limit=0.01", "training.workers=0")) == 1
+    message = capsys.readouterr().err
+    assert "train_00" in message
+    assert "training.lr=" in message
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--data", "/nowhere"), "there is no folder /nowhere"),
+        (("--backbone-weights", "/nowhere.pth"), "/nowhere.pth"),
+        (("--set", "training.learning_rate=1"), "known here: accumulate"),
+        (("--set", "training.batch_size=0"), "at least 1"),
+        (("--train-split", "absent"), "splits of this data set: train, val"),
+        (("--device", "cuda"), "no CUDA device"),
+    ],
+)
+def test_mistakes_get_a_sentence(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], words: str
+) -> None:
+    if change[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("this machine has the CUDA device whose absence is tested")
+    assert main(arguments(data, tmp_path / "run", options=change)) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_an_old_run_is_not_overwritten(data: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(data, whole_run)) == 1
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_settings_reach_nested_values_and_keep_types() -> None:
+    values = {"training": {"lr": 0.1, "augment": {"scale": [1.0, 1.0]}}, "detector": {"backbone": {"name": "a"}}}
+    changed = with_settings(values, ["training.augment.scale=[0.5,2]", "training.lr=3e-3", "detector.backbone.name=resnet50"])
+    assert changed["training"] == {"lr": 0.003, "augment": {"scale": [0.5, 2]}}
+    assert changed["detector"]["backbone"]["name"] == "resnet50"
+    assert values["training"]["lr"] == 0.1
