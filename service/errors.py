@@ -19,6 +19,8 @@ class DetectorError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.retry_after_s = retry_after_s
+        self.counted = False
+        """Whether metrics have seen it."""
 
 
 class EmptyBody(DetectorError):
@@ -39,6 +41,14 @@ class Forbidden(DetectorError):
 
 class ModelNotFound(DetectorError):
     status, code, title = 404, "model_not_found", "Model not found"
+
+
+class NotFound(DetectorError):
+    status, code, title = 404, "not_found", "Not found"
+
+
+class MethodNotAllowed(DetectorError):
+    status, code, title = 405, "method_not_allowed", "Method not allowed"
 
 
 class SlowBody(DetectorError):
@@ -63,6 +73,12 @@ class BadImage(DetectorError):
 
 class BadOption(DetectorError):
     status, code, title = 422, "bad_option", "Option not understood"
+
+
+class LoadFailed(DetectorError):
+    """A version was not taken into service; the one before it still answers."""
+
+    status, code, title = 409, "load_failed", "Version not loaded"
 
 
 class QueueFull(DetectorError):

@@ -1,0 +1,191 @@
+"""From a folder of versions to one that may serve: found, opened, warmed, checked. Everything here blocks: call it on a worker thread."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from service.golden import GoldenMismatch, check_golden
+from service.manifest import Bucket, Manifest, ManifestError
+from service.runtime import CostTable, OnnxRuntime, Runtime, RuntimeLoadError, file_sha256, warm_up
+
+MODEL_FILE = "model.onnx"
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+VERSION = re.compile(r"[1-9][0-9]{0,17}")
+
+logger = logging.getLogger(__name__)
+
+OpenRuntime = Callable[[Path, int], Runtime]
+"""(model file, device number) -> a runtime on that device."""
+
+
+class NoModel(RuntimeError):
+    """Nothing can be served, as a sentence that says what to do."""
+
+
+@dataclass(eq=False, slots=True)
+class LoadedVersion:
+    """A version that is ready to run: one runtime a device, with what a batch costs."""
+
+    name: str
+    version: str
+    runtimes: Sequence[Runtime]
+    costs: CostTable
+    sha256: str
+    load_seconds: float
+    loaded_at: float = field(default_factory=time.time)
+    """Seconds since 1970, for people."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.runtimes[0].manifest
+
+    @property
+    def provider(self) -> str:
+        return self.runtimes[0].provider
+
+    def bucket_costs(self, bucket: Bucket) -> dict[int, float]:
+        """Batch size -> seconds for one bucket."""
+        return {size: seconds for (known, size), seconds in self.costs.items() if known == bucket}
+
+    def close(self) -> None:
+        """Give the memory of every device back."""
+        for runtime in self.runtimes:
+            runtime.close()
+
+
+def parse_reference(reference: str) -> tuple[str, str | None]:
+    """`name` or `name@version` -> (name, version or None).
+
+    Raises:
+        ValueError: neither.
+    """
+    name, at, version = reference.partition("@")
+    if NAME.fullmatch(name) is None or (at and VERSION.fullmatch(version) is None):
+        raise ValueError(f"{reference[:80]!r} is not `name` or `name@version`")
+    return name, version if at else None
+
+
+def find_models(root: Path) -> dict[str, list[str]]:
+    """Names -> versions that have a model.onnx, newest first. Anything else in the folder is left alone."""
+    found: dict[str, list[str]] = {}
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if folder.is_dir() and NAME.fullmatch(folder.name):
+            versions = [v.name for v in folder.iterdir() if VERSION.fullmatch(v.name) and (v / MODEL_FILE).is_file()]
+            if versions:
+                found[folder.name] = sorted(versions, key=int, reverse=True)
+    return found
+
+
+def require_models(root: Path, references: Sequence[str]) -> list[tuple[str, str | None]]:
+    """What to serve: the references, or every name in the folder.
+
+    Raises:
+        NoModel: the folder or a reference is missing; says how to fill it.
+    """
+    found = find_models(root)
+    if not found:
+        raise NoModel(
+            f"no model in {root}: expected {root}/<name>/<version>/{MODEL_FILE}; "
+            f"export one with `python -m export CHECKPOINT --name NAME --repository {root}`, "
+            "or set DETECTOR_MODEL_REPOSITORY to a folder that has one"
+        )
+    if not references:
+        return [(name, None) for name in found]
+    wanted = []
+    for reference in references:
+        name, version = parse_reference(reference)
+        if name not in found or (version is not None and version not in found[name]):
+            offered = ", ".join(f"{known}@{v}" for known, versions in found.items() for v in versions)
+            raise NoModel(f"DETECTOR_MODEL asks for {reference!r}, but {root} holds {offered}")
+        wanted.append((name, version))
+    return wanted
+
+
+def _load_error(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+class Loader:
+    """Opens versions of one repository folder for a fixed set of devices."""
+
+    def __init__(self, root: Path, open_runtime: OpenRuntime, *, devices: Sequence[int], max_batch_size: int) -> None:
+        self.root = root
+        self._open_runtime = open_runtime
+        self._devices = devices
+        self._max_batch_size = max_batch_size
+
+    def load(self, name: str, version: str) -> LoadedVersion:
+        """Open, warm and check one version.
+
+        Raises:
+            RuntimeLoadError, ManifestError, GoldenMismatch: it must not serve, and why.
+        """
+        path = self.root / name / version / MODEL_FILE
+        started = time.perf_counter()
+        try:
+            sha256 = file_sha256(path)
+        except OSError as error:
+            raise RuntimeLoadError(f"{path}: cannot be read: {error.strerror}") from error
+        runtimes: list[Runtime] = []
+        try:
+            for device in self._devices:
+                runtimes.append(self._open_runtime(path, device))
+                costs = warm_up(runtimes[-1], self._max_batch_size)
+                check_golden(runtimes[-1])
+        except Exception:
+            for runtime in runtimes:
+                runtime.close()
+            raise
+        _warn_of_other_identity(runtimes[0].manifest, name, version)
+        return LoadedVersion(name, version, runtimes, costs, sha256, time.perf_counter() - started)
+
+    def load_newest(self, name: str) -> LoadedVersion:
+        """The newest version that is valid; each one that is not is logged with its reason.
+
+        Raises:
+            NoModel: none is, with the reason of each.
+        """
+        reasons = []
+        for version in find_models(self.root).get(name, []):
+            try:
+                return self.load(name, version)
+            except (RuntimeLoadError, ManifestError, GoldenMismatch) as error:
+                logger.error("model %s version %s is not served: %s", name, version, error)
+                reasons.append(f"version {version}: {_load_error(error)}")
+        raise NoModel(
+            f"model {name!r} has no version that can be served; " + ("; ".join(reasons) or f"no {MODEL_FILE} in {self.root / name}")
+        )
+
+
+def _warn_of_other_identity(manifest: Manifest, name: str, version: str) -> None:
+    """The folder decides what a version is called; a copy under another name works, but is rarely meant."""
+    if (manifest.name, manifest.version) != (name, version):
+        logger.warning("%s version %s was exported as %s version %s", name, version, manifest.name, manifest.version)
+
+
+def open_onnx(*, provider: str, intra_op_threads: int | None, gpu_memory_limit_bytes: int | None) -> OpenRuntime:
+    """How this process opens model files."""
+
+    def open_runtime(path: Path, device: int) -> Runtime:
+        return OnnxRuntime(
+            path,
+            provider=provider,
+            intra_op_threads=intra_op_threads,
+            gpu_memory_limit_bytes=gpu_memory_limit_bytes,
+            device_id=device,
+        )
+
+    return open_runtime
+
+
+def from_runtime(runtime: Runtime, max_batch_size: int) -> LoadedVersion:
+    """A version around a runtime that the caller made, warmed and checked like any other."""
+    started = time.perf_counter()
+    costs = warm_up(runtime, max_batch_size)
+    check_golden(runtime)
+    return LoadedVersion(runtime.manifest.name, runtime.manifest.version, [runtime], costs, "", time.perf_counter() - started)

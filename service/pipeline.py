@@ -1,0 +1,249 @@
+"""One image through the service: admission, decoding in the pool, a batch on a device, and the image's detections back.
+
+The event loop only passes things on. Whoever cancels `detect` takes the image out of the pool or the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, ParamSpec, TypeVar
+
+from service.errors import DeadlineExceeded, DetectorError, InferenceFailed, QueueFull, WouldMissDeadline
+from service.images import ImageLimits, Prepared, prepare
+from service.inference import ImageDetections
+from service.metrics import Metrics
+from service.repository import ServedVersion
+from service.scheduler import Priority, Scheduler
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PriorityName = Literal["high", "low"]
+PRIORITIES: dict[str, Priority] = {"high": Priority.HIGH, "low": Priority.LOW}
+DECODE_WEIGHT = 0.05
+"""Weight of the newest picture in the running average of decoding time."""
+
+REASON_OF_CODE = {
+    "queue_full": "queue_full",
+    "deadline": "deadline",
+    "deadline_exceeded": "deadline",
+    "too_large": "too_large",
+    "too_many_pixels": "too_many_pixels",
+    "bad_image": "bad_image",
+    "unsupported_type": "bad_image",
+    "empty_body": "bad_image",
+    "draining": "draining",
+    "not_ready": "draining",
+    "unauthorised": "unauthorised",
+    "forbidden": "unauthorised",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One image's answer in numbers. Times in seconds."""
+
+    served: ServedVersion
+    prepared: Prepared
+    detections: ImageDetections
+    decode_s: float
+    queue_s: float
+    infer_s: float
+    batch_size: int
+
+
+class Pipeline:
+    """Joins the decode pool, the scheduler and the bounds on what is in the house."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        limits: ImageLimits,
+        *,
+        decode_threads: int,
+        max_images: int,
+        max_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._clock = clock
+        self._decode_threads = decode_threads
+        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._max_images, self._max_bytes = max_images, max_bytes
+        self._images, self._nbytes = 0, 0
+        self._decoding = 0
+        self._decode_average_s = 0.005
+
+    # Bounds
+
+    @property
+    def images_in_house(self) -> int:
+        """Images accepted and not yet answered."""
+        return self._images
+
+    def check_room(self, served: ServedVersion, deadline: float) -> None:
+        """Refuse at once what could not be answered, before its body is read.
+
+        Raises:
+            QueueFull, WouldMissDeadline: with the time after which another try makes sense.
+        """
+        if self._images == 0:
+            return
+        wait_s = self._estimate_s(served)
+        if self._images >= self._max_images or self._nbytes >= self._max_bytes:
+            raise QueueFull(
+                f"{self._images} images are being answered, which takes {wait_s:.2f} s; try again after that", retry_after_s=wait_s
+            )
+        allowed_s = deadline - self._clock()
+        if wait_s > allowed_s:
+            raise WouldMissDeadline(
+                f"an answer would take about {wait_s * 1e3:.0f} ms and the request allows {allowed_s * 1e3:.0f} ms; "
+                "try again later or allow more",
+                retry_after_s=wait_s - allowed_s,
+            )
+
+    def _estimate_s(self, served: ServedVersion) -> float:
+        """Seconds until an image that comes now would be answered: the pool's backlog, or the devices' and what the pool brings."""
+        decode_s = self._decoding * self._decode_average_s / self._decode_threads
+        device_s = self._scheduler.estimate_s(served.lanes[0])
+        best_s = min(seconds / size for (_, size), seconds in served.loaded.costs.items())
+        return max(decode_s, device_s + self._decoding * best_s / len(served.loaded.runtimes))
+
+    @contextmanager
+    def hold_bytes(self, nbytes: int) -> Iterator[None]:
+        """Count a body while it is in memory.
+
+        Raises:
+            QueueFull: the service holds as many bytes as it may.
+        """
+        if self._nbytes and self._nbytes + nbytes > self._max_bytes:
+            raise QueueFull(
+                f"the service holds {self._nbytes} bytes of bodies and may hold {self._max_bytes}; try again", retry_after_s=1.0
+            )
+        self._nbytes += nbytes
+        try:
+            yield
+        finally:
+            self._nbytes -= nbytes
+
+    def count_refusal(self, error: DetectorError) -> None:
+        """Count an image that gets this error instead of detections; an error that was counted before is not counted again."""
+        if error.counted:
+            return
+        error.counted = True
+        reason = REASON_OF_CODE.get(error.code)
+        if reason is not None:
+            self._metrics.rejected[reason].inc()
+        self._metrics.images["failed" if error.status in (500, 504) else "rejected"].inc()
+
+    # Work
+
+    async def detect(self, data: bytes, served: ServedVersion, *, deadline: float, priority: PriorityName = "high") -> Result:
+        """Detect on an encoded picture.
+
+        Args:
+            data: the picture's bytes.
+            served: the version that answers.
+            deadline: latest useful moment, on the monotonic clock.
+
+        Raises:
+            DetectorError: one of its subclasses, for this image alone.
+        """
+        with served.lease(), self._counted(), self._admitted():
+            prepared, decode_s = await self._decode(data, served, deadline)
+            return await self._infer(prepared, served, deadline, priority, decode_s)
+
+    async def infer(self, prepared: Prepared, served: ServedVersion, *, deadline: float, priority: PriorityName = "high") -> Result:
+        """The same for a picture that is already in the input frame. Raises DetectorError."""
+        with served.lease(), self._counted(), self._admitted():
+            return await self._infer(prepared, served, deadline, priority, 0.0)
+
+    async def probe(self, prepared: Prepared, served: ServedVersion) -> None:
+        """One inference that is counted as no image and yields to all others. Raises DetectorError."""
+        lane = served.lane(prepared.bucket)
+        answer = await self._scheduler.submit(lane, prepared, nbytes=prepared.pixels.nbytes, priority=Priority.LOW)
+        if isinstance(answer.result, InferenceFailed):
+            raise answer.result
+
+    async def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run something that takes CPU in the decode pool, in the request's context."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: context.run(function, *args, **kwargs))
+
+    async def _infer(self, prepared: Prepared, served: ServedVersion, deadline: float, priority: str, decode_s: float) -> Result:
+        future = self._scheduler.submit(
+            served.lane(prepared.bucket), prepared, nbytes=prepared.pixels.nbytes, deadline=deadline, priority=PRIORITIES[priority]
+        )
+        answer = await future
+        if isinstance(answer.result, InferenceFailed):
+            raise answer.result
+        self._metrics.stage_seconds["queue"].observe(answer.queue_s)
+        scores = answer.result.scores
+        self._metrics.detections_per_image.observe(len(scores))
+        if len(scores):
+            self._metrics.top_score.observe(float(scores[0]))
+        return Result(served, prepared, answer.result, decode_s, answer.queue_s, answer.run_s, answer.batch_size)
+
+    async def _decode(self, data: bytes, served: ServedVersion, deadline: float) -> tuple[Prepared, float]:
+        self._decoding += 1
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._clock())):
+                prepared, decode_s = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, data, served)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time ran out while its picture was decoded; allow more with timeout_ms") from None
+        except asyncio.CancelledError:
+            self._metrics.cancelled["queued"].inc()
+            raise
+        finally:
+            self._decoding -= 1
+        self._decode_average_s += DECODE_WEIGHT * (decode_s - self._decode_average_s)
+        return prepared, decode_s
+
+    def _prepare(self, data: bytes, served: ServedVersion) -> tuple[Prepared, float]:
+        started = time.perf_counter()
+        prepared = prepare(data, served.manifest.input, self.limits)
+        seconds = time.perf_counter() - started
+        self._metrics.stage_seconds["decode"].observe(seconds)
+        height, width = prepared.original_hw
+        self._metrics.input_megapixels.observe(height * width / 1e6)
+        return prepared, seconds
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._images >= self._max_images:
+            raise QueueFull(f"{self._images} images are being answered and {self._max_images} may be; try again", retry_after_s=1.0)
+        self._images += 1
+        try:
+            yield
+        finally:
+            self._images -= 1
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the image by its outcome."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._metrics.images["cancelled"].inc()
+            raise
+        except DetectorError as error:
+            self.count_refusal(error)
+            raise
+        except Exception:
+            self._metrics.images["failed"].inc()
+            raise
+        else:
+            self._metrics.images["ok"].inc()
+
+    def close(self) -> None:
+        """Stop the pool; what it holds is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

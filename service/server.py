@@ -1,0 +1,204 @@
+"""The HTTP server of the process: bounded headers and connections, and a shutdown that loses nothing.
+
+SIGTERM or SIGINT: unready, serve on for `drain_seconds`, stop accepting, finish what is in flight, exit 0.
+A second signal skips the waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.errors import DetectorError, NotReady
+from service.health import Health
+from service.problems import error_response
+from service.settings import Settings
+
+FINISH_GRACE_S = 5.0
+"""Beyond the longest request, before what is still open is cut."""
+FAILURE_GRACE_S = 2.0
+"""After a failure for good: time for the answers that say so."""
+
+logger = logging.getLogger(__name__)
+
+
+class HeadersTooLarge(DetectorError):
+    status, code, title = 431, "headers_too_large", "Headers too large"
+
+
+def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with bounds on connections, on headers, and on the time to send them."""
+
+    class BoundedProtocol(HttpToolsProtocol):
+        _header_timer: asyncio.TimerHandle | None = None
+        _header_bytes = 0
+        _in_headers = True
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._start_header_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_header_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._in_headers:
+                self._header_bytes += len(data)
+                if self._header_timer is None:
+                    self._start_header_timer()
+            super().data_received(data)
+            if self._in_headers and self._header_bytes > settings.max_header_bytes and not self.transport.is_closing():
+                self._refuse(b"431 Request Header Fields Too Large")
+
+        def on_message_begin(self) -> None:
+            self._in_headers, self._header_bytes = True, 0
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._in_headers = False
+            self._stop_header_timer()
+            usual_app = self.app
+            self.app = self._choose_app()
+            super().on_headers_complete()
+            self.app = usual_app
+
+        def on_message_complete(self) -> None:
+            self._in_headers, self._header_bytes = True, 0
+            super().on_message_complete()
+
+        def _choose_app(self) -> Any:
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > settings.max_header_bytes:
+                detail = (
+                    f"request line and headers may have {settings.max_header_bytes} bytes, these have {size}; send fewer or shorter ones"
+                )
+                return _refusing(HeadersTooLarge(detail))
+            if len(self.connections) > settings.max_connections:
+                return _refusing(
+                    NotReady(f"{settings.max_connections} connections are open and no more may be; try again", retry_after_s=1.0)
+                )
+            return self.app
+
+        def _start_header_timer(self) -> None:
+            self._header_timer = self.loop.call_later(settings.header_timeout_ms / 1e3, self._headers_late)
+
+        def _stop_header_timer(self) -> None:
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
+
+        def _headers_late(self) -> None:
+            self._header_timer = None
+            if self._in_headers and not self.transport.is_closing():
+                self._refuse(b"408 Request Timeout")
+
+        def _refuse(self, status: bytes) -> None:
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    return BoundedProtocol
+
+
+def _refusing(error: DetectorError) -> Response:
+    response = error_response(error, "")
+    response.headers["connection"] = "close"
+    return response
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our order of leaving. `exit_code` is 0, or what health failed with."""
+
+    def __init__(self, config: uvicorn.Config, health: Health, *, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._health = health
+        self._drain_seconds = drain_seconds
+        self.companion: uvicorn.Server | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return self._health.exit_code or 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: unready, and a timer to the stop. Second: stop now. Not passed on to uvicorn, which would end by the signal."""
+        if self._health.draining:
+            self.should_exit = True
+            return
+        self._health.draining = True
+        logger.info("leaving", extra={"fields": {"signal": signal.Signals(sig).name, "drain_seconds": self._drain_seconds}})
+
+    async def main_loop(self) -> None:
+        """Serve until told to stop, then as long again as balancers need to notice."""
+        drained_at: float | None = None
+        loop = asyncio.get_running_loop()
+        counter = 0
+        while not await self.on_tick(counter):
+            counter = (counter + 1) % 864_000
+            if self._health.ended.is_set():
+                await self._leave_after_failure()
+            if self._health.draining:
+                drained_at = drained_at or loop.time() + self._drain_seconds
+                self.should_exit = self.should_exit or loop.time() >= drained_at
+            await asyncio.sleep(0.1)
+        if self.companion is not None:
+            self.companion.should_exit = True
+
+    async def _leave_after_failure(self) -> None:
+        """A hung device's thread cannot be joined and may hold locks that an orderly end needs, so the process ends at once."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(FAILURE_GRACE_S if self.server_state.tasks else 0.0)
+        logging.shutdown()
+        os._exit(self.exit_code)
+
+
+class _CompanionServer(uvicorn.Server):
+    """The server of the operations port: it lives and ends with the main one."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Signals belong to the main server."""
+
+
+def make_server(app: FastAPI, settings: Settings, *, operations: FastAPI | None = None) -> Server:
+    """A server for the app, and its companion on the operations port where there is one."""
+    health: Health = app.state.parts.health
+    server = Server(_config(app, settings, settings.port), health, drain_seconds=settings.drain_seconds)
+    if operations is not None and settings.operations_port is not None:
+        server.companion = _CompanionServer(_config(operations, settings, settings.operations_port))
+    return server
+
+
+def _config(app: FastAPI, settings: Settings, port: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=port,
+        http=make_protocol(settings),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout_ms / 1e3 + FINISH_GRACE_S),
+    )
+
+
+async def serve(server: Server) -> None:
+    """Run the server, and its companion, to their end."""
+    if server.companion is None:
+        await server.serve()
+        return
+    async with asyncio.TaskGroup() as group:
+        group.create_task(server.companion._serve())
+        group.create_task(server.serve())

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from service.device_errors import DeviceLost, DeviceOutOfMemory
+from service.errors import InferenceFailed
+from service.golden import GoldenMismatch, check_golden
+from service.manifest import ManifestError
+from service.runtime import (
+    BOUND_SHAPES,
+    OnnxRuntime,
+    ProviderMissing,
+    RuntimeLoadError,
+    _BoundInputs,
+    classify_device_error,
+    provider_candidates,
+    warm_up,
+)
+from service_fakes import FakeRuntime, detect_colours, make_manifest
+from service_onnx import colour_graph, golden, write_model
+
+BATCHES = [(1, 96, 160), (2, 160, 96), (3, 128, 128), (7, 96, 160)]
+
+
+def random_batch(shape):
+    batch, height, width = shape
+    rng = np.random.default_rng(sum(shape))
+    images = np.zeros((batch, height, width, 3), np.uint8)
+    sizes_hw = np.stack([rng.integers(height // 2, height, batch), rng.integers(width // 2, width, batch)], axis=1)
+    for image, (h, w) in zip(images, sizes_hw, strict=True):
+        image[:h, :w] = rng.integers(0, 255, 3)
+    return images, sizes_hw
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+def test_onnx_runtime_answers_as_computed_by_hand(tmp_path, shape):
+    runtime = OnnxRuntime(write_model(tmp_path))
+    images, sizes_hw = random_batch(shape)
+    for found, expected in zip(runtime.run(images, sizes_hw), detect_colours(images, sizes_hw), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_bound_buffers_answer_as_plain_runs_and_are_bounded(tmp_path):
+    session = ort.InferenceSession(str(write_model(tmp_path)), providers=["CPUExecutionProvider"])
+    bound = _BoundInputs(session, "cpu", 0)
+    for shape in [*BATCHES, BATCHES[0], *((1 + n % 40, 32, 64 + 32 * (n % 3)) for n in range(60))]:
+        images, sizes_hw = random_batch(shape)
+        for found, expected in zip(bound.run(images, sizes_hw), detect_colours(images, sizes_hw), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert len(bound._shapes) == BOUND_SHAPES
+
+
+def test_provider_in_use_is_known_and_the_manifest_read(tmp_path):
+    runtime = OnnxRuntime(write_model(tmp_path), provider="auto", intra_op_threads=1)
+    assert runtime.provider == ("cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu")
+    assert runtime.manifest.class_names == ["red", "green", "blue"]
+
+
+def test_missing_provider_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ProviderMissing, match=r"'cuda' was asked for.*DETECTOR_PROVIDER=auto"):
+        provider_candidates("cuda")
+    assert provider_candidates("auto") == ["cpu"]
+
+
+def test_a_provider_that_does_not_load_is_no_silent_fallback(tmp_path, monkeypatch):
+    """ONNX Runtime falls back to the CPU with a mere warning when CUDA's libraries are missing; the session tells what it took."""
+    path = write_model(tmp_path)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    only_cpu = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    monkeypatch.setattr("service.runtime._open_session", lambda *_: only_cpu)
+    with pytest.raises(ProviderMissing, match="did not load"):
+        OnnxRuntime(path, provider="cuda")
+    assert OnnxRuntime(path, provider="auto").provider == "cpu"
+
+
+def test_garbage_is_refused_with_a_sentence(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"this is no model" * 100)
+    with pytest.raises(RuntimeLoadError, match="is it a complete model.onnx"):
+        OnnxRuntime(path)
+
+
+def test_half_a_file_is_refused(tmp_path):
+    path = write_model(tmp_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises((RuntimeLoadError, ManifestError)):
+        OnnxRuntime(path)
+
+
+def test_a_file_without_manifest_is_refused(tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save(colour_graph(), path)
+    with pytest.raises(ManifestError, match="python -m export"):
+        OnnxRuntime(path)
+
+
+def test_a_file_with_other_inputs_is_refused(tmp_path):
+    graph = colour_graph()
+    for node in graph.graph.node:
+        node.input[:] = ["picture" if name == "images" else name for name in node.input]
+    graph.graph.input[0].name = "picture"
+    path = tmp_path / "model.onnx"
+    onnx.save(graph, path)
+    with pytest.raises(RuntimeLoadError, match=r"expected inputs .*found \['image_sizes_hw', 'picture'\]"):
+        OnnxRuntime(path)
+
+
+def test_a_closed_runtime_answers_nothing(tmp_path):
+    runtime = OnnxRuntime(write_model(tmp_path))
+    runtime.close()
+    with pytest.raises(InferenceFailed, match="closed"):
+        runtime.run(*random_batch((1, 96, 160)))
+
+
+def test_a_failing_session_becomes_an_inference_failure(tmp_path):
+    runtime = OnnxRuntime(write_model(tmp_path))
+    with pytest.raises(InferenceFailed):
+        runtime.run(np.zeros((1, 96, 160), np.uint8), np.zeros((1, 2), np.int64))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0", DeviceOutOfMemory),
+        ("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 123", DeviceOutOfMemory),
+        ("CUDA failure 700: an illegal memory access was encountered", DeviceLost),
+        ("CUDNN_STATUS_EXECUTION_FAILED", DeviceLost),
+        ("Got invalid dimensions for input: images", InferenceFailed),
+    ],
+)
+def test_device_errors_are_told_apart_by_their_words(text, kind):
+    assert type(classify_device_error(RuntimeError(text))) is kind
+
+
+def test_warm_up_times_every_bucket_and_stops_where_batches_bring_nothing():
+    linear = FakeRuntime(seconds_per_image=0.004)
+    table = warm_up(linear, 16)
+    assert {bucket for bucket, _ in table} == set(linear.manifest.input.buckets)
+    assert max(size for _, size in table) <= 8
+    assert all(seconds > 0 for seconds in table.values())
+
+
+def test_warm_up_goes_to_the_largest_batch_where_batching_pays():
+    constant = FakeRuntime(seconds=0.003)
+    assert {size for _, size in warm_up(constant, 8)} == {1, 2, 4, 8}
+
+
+def test_golden_images_pass_and_fail(tmp_path):
+    check_golden(OnnxRuntime(write_model(tmp_path, version="1")))
+    with pytest.raises(GoldenMismatch, match="expected label 1 with score 0.65"):
+        check_golden(OnnxRuntime(write_model(tmp_path, version="2", golden_score=0.4)))
+
+
+def test_golden_check_finds_an_extra_detection():
+    runtime = FakeRuntime(make_manifest(golden=[golden(0.6 + 0.3 * 220 / 255).model_copy(update={"detections": []})]))
+    with pytest.raises(GoldenMismatch, match="not expected"):
+        check_golden(runtime)
