@@ -98,6 +98,15 @@ def test_a_flood_for_one_model_leaves_room_for_another() -> None:
         admit(queue, "b", 0.0)
 
 
+def test_room_kept_for_a_group_never_breaks_the_bound() -> None:
+    queue = make_queue({"a": "m"}, max_images=16)
+    for _ in range(16):
+        admit(queue, "a", 0.0)
+    queue.add_lane("b", "new", BatchCosts(TABLE, 8), None)
+    with pytest.raises(QueueFull, match="16 of 16"):
+        admit(queue, "b", 0.0)
+
+
 def test_groups_get_equal_device_time_whatever_they_offer() -> None:
     queue = make_queue({"a": "flooded", "b": "quiet"}, max_images=64, batch=4)
     now, served = 0.0, Counter()

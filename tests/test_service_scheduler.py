@@ -214,6 +214,21 @@ def test_deadline_is_told_on_time_though_the_device_hangs() -> None:
     assert not recorder.left
 
 
+def test_each_of_several_deadlines_is_told_in_its_turn() -> None:
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        device = HeldDevice()
+        scheduler.add_lane("a", device.run, costs=COSTS, max_batch_size=8)
+        held = scheduler.submit("a", 1)
+        await device.begun.get()
+        soon = time.monotonic() + 0.03
+        waiting = [scheduler.submit("a", item, deadline=soon + 0.02 * item) for item in (2, 0, 1)]
+        assert await outcomes(waiting) == [DeadlineExceeded] * 3
+        device.let()
+        await held
+
+    scheduled(test)
+
+
 def test_deadline_is_checked_on_entry_against_the_estimate() -> None:
     async def test(scheduler: Scheduler, recorder: Recorder) -> None:
         device = HeldDevice()
@@ -408,6 +423,42 @@ def test_drain_ends_when_the_last_waiting_client_leaves() -> None:
         waiting.cancel()
         device.let()  # whichever came first, the device or the cancellation
         await draining
+
+    scheduled(test)
+
+
+def test_a_lane_whose_last_client_left_is_removed_though_the_device_is_busy() -> None:
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        device = HeldDevice()
+        scheduler.add_lane("a", device.run, costs=COSTS, max_batch_size=2)
+        scheduler.add_lane("b", device.run, costs=COSTS, max_batch_size=2)
+        running = scheduler.submit("a", 1)
+        await device.begun.get()
+        waiting = scheduler.submit("b", 2)
+        removing = asyncio.create_task(scheduler.remove_lanes(["b"]))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await removing
+        assert not running.done()
+        assert not scheduler._waiters
+        device.let()
+        await running
+
+    scheduled(test)
+
+
+def test_a_client_that_leaves_after_the_result_was_posted_is_not_counted() -> None:
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        device = HeldDevice()
+        scheduler.add_lane("a", device.run, costs=COSTS, max_batch_size=2)
+        future = scheduler.submit("a", 1)
+        await device.begun.get()
+        device.let()
+        while scheduler.snapshot().running_images:  # the event loop stands still meanwhile, so nothing is delivered
+            time.sleep(0.001)  # noqa: ASYNC251
+        future.cancel()
+        await asyncio.sleep(0)
+        assert not recorder.left
 
     scheduled(test)
 
