@@ -1,0 +1,145 @@
+"""Makes a model version that the service can serve out of a training checkpoint, and proves that it answers as the network does."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+from PIL import Image, ImageOps
+from rich.console import Console
+
+from export.card import CardFacts
+from export.graph import OPSETS, ExportError, GraphOptions
+from export.job import GateFailed, Job, export
+from export.pictures import Picture
+from export.version import VersionExistsError
+from model.checkpoint import CheckpointError, load_checkpoint
+from model.data.formats import READERS, open_dataset
+from model.data.images import ImageError
+from model.data.records import DataError, DetectionSet
+from service.manifest import ManifestError
+from service.runtime import RuntimeLoadError
+
+EXAMPLES = """examples:
+  python -m export runs/cells/best.pt --name blood-cells --repository model_repository
+  python -m export runs/cells/best.pt --name blood-cells --repository model_repository --data VOC_FOLDER --split test
+  python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test
+
+The version folder holds model.onnx (manifest and golden images inside), README.md (model card), parity.md (verification report) and
+config.pbtxt (for Triton). It appears in one step after every gate has held; versions are numbered and never overwritten.
+Exit status: 0 published, 1 an error, 2 a gate failed, 130 interrupted; in all but the first case nothing is left behind.
+"""
+LOG_WIDTH = 130  # a report that goes to a file is not cut to a terminal's default width
+PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a training run")
+    parser.add_argument("--name", required=True, help="model's name: lower case letters, digits, '.', '_', '-'")
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="model repository (default: model_repository)")
+    parser.add_argument("--version", type=_positive, help="version number (default: the next free one)")
+    graph = parser.add_argument_group("graph")
+    graph.add_argument(
+        "--nms",
+        choices=("onnx", "dense"),
+        default="onnx",
+        help="onnx: NonMaxSuppression, fastest on CPUs; dense: matrix form without a host sync, for GPUs (default: onnx)",
+    )
+    graph.add_argument("--opset", type=int, choices=OPSETS, default=OPSETS[0], help=f"ONNX operator set (default: {OPSETS[0]})")
+    proof = parser.add_argument_group("proof")
+    proof.add_argument("--pictures", type=Path, metavar="FOLDER", help="also verify on the pictures in this folder")
+    proof.add_argument(
+        "--data", type=Path, metavar="PATH", help="data set: AP of the file is held against the network's and goes into the card"
+    )
+    proof.add_argument("--format", choices=sorted(READERS), help="the data set's format; guessed if left out")
+    proof.add_argument("--split", default="test", help="the data set's split (default: test)")
+    proof.add_argument("--skip-bad", action="store_true", help="leave faulty records of the data set out")
+    card = parser.add_argument_group("model card")
+    card.add_argument("--description", default="", help="one sentence: what it finds, in what pictures")
+    card.add_argument("--licence", default="", help="licence of the weights")
+    card.add_argument("--data-licence", default="", help="licence and origin of the training pictures")
+    card.add_argument("--training-time", default="", help="hardware and duration of the training")
+    card.add_argument("--known-failure", action="append", default=[], metavar="SENTENCE", help="may be given several times")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(given)
+    console, errors = _console(), Console(stderr=True, soft_wrap=True)
+    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        export(_job(options, f"python -m export {shlex.join(given)}"), console)
+    except GateFailed as verdict:
+        errors.print(f"error: the file does not answer as the network does; nothing was published\n{verdict}", markup=False)
+        return 2
+    except (ExportError, CheckpointError, VersionExistsError, DataError, ImageError, ManifestError, RuntimeLoadError, ValueError) as error:
+        errors.print(f"error: {error}", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was published")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _console() -> Console:
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(soft_wrap=True, width=LOG_WIDTH)
+
+
+def _job(options: argparse.Namespace, command: str) -> Job:
+    return Job(
+        checkpoint=options.checkpoint,
+        name=options.name,
+        repository=options.repository,
+        version=options.version,
+        graph=GraphOptions(nms=options.nms, opset=options.opset),
+        facts=CardFacts(
+            description=options.description,
+            licence=options.licence,
+            data_licence=options.data_licence,
+            training_time=options.training_time,
+            known_failures=tuple(options.known_failure),
+        ),
+        pictures=_pictures(options.pictures) if options.pictures else (),
+        dataset=_dataset(options) if options.data else None,
+        command=command,
+    )
+
+
+def _dataset(options: argparse.Namespace) -> DetectionSet:
+    names = load_checkpoint(options.checkpoint).config.class_names
+    return open_dataset(options.data, options.split, data_format=options.format, class_names=names, skip_bad=options.skip_bad)
+
+
+def _pictures(folder: Path) -> list[Picture]:
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_TYPES)
+    if not paths:
+        raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_TYPES))}) in {folder}")
+    return [np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in paths]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1, 2, 3, ..., got {text}")
+    return number
+
+
+def _as_interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,144 @@
+"""One ONNX graph out of a detector: standard operators only, dynamic batch, height and width, nothing left to fold.
+
+B images, H and W the padded input, multiples of 32.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnxslim
+import torch
+from torch import nn
+from torch.export import Dim
+
+from export.nms import TRANSLATIONS, onnx_nms
+from model.backbones.frozen_norm import NormalisedConv2d
+from model.faster_rcnn import FasterRCNN
+from model.nms import dense_nms
+from service.manifest import METADATA_KEY, Manifest, dump_manifest
+from service.runtime import INPUTS, OUTPUTS
+
+STRIDE = 32
+OPSETS = (18, 19)
+TRACED_BATCH, TRACED_ROWS, TRACED_COLUMNS = 2, 3, 7  # small, not square, and no bucket
+
+REFUSED_OPS = frozenset({"If", "Loop", "Scan", "NonZero", "MaxRoiPool"})
+"""Control flow and data-dependent shapes block CUDA graphs and wait for the host; MaxRoiPool has no CUDA kernel."""
+
+NMSChoice = Literal["onnx", "dense"]
+
+
+class ExportError(RuntimeError):
+    """The network cannot become a graph that keeps the contract; the message says why."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """Choices that change the graph but not its answers."""
+
+    nms: NMSChoice = "onnx"
+    opset: int = 18
+
+
+def build_graph(detector: FasterRCNN, options: GraphOptions) -> onnx.ModelProto:
+    """Trace, translate and simplify.
+
+    Args:
+        detector: in eval mode, on the CPU; left as it is.
+
+    Raises:
+        ExportError: the result breaks the graph contract.
+    """
+    ready = inference_copy(detector, options.nms)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        program = _trace(ready, options.opset)
+        model: onnx.ModelProto = onnxslim.slim(program.model_proto)
+    model.producer_name = "faster-rcnn-service"
+    model.graph.name = detector.config.architecture
+    problems = graph_problems(model)
+    if problems:
+        raise ExportError("; ".join(problems))
+    return model
+
+
+def inference_copy(detector: FasterRCNN, nms: NMSChoice) -> FasterRCNN:
+    """A copy with its norms folded into the convolutions and the NMS strategy for an export."""
+    ready = copy.deepcopy(detector).eval().requires_grad_(False)
+    for parent in list(ready.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, NormalisedConv2d):
+                setattr(parent, name, _folded(child))
+    ready.nms = onnx_nms(detector.config.num_classes + 1) if nms == "onnx" else dense_nms
+    return ready
+
+
+def _folded(conv: NormalisedConv2d) -> nn.Conv2d:
+    scale, shift = conv.norm[0].affine()
+    shape: Any = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    plain = nn.Conv2d(*shape)
+    plain.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
+    plain.bias = nn.Parameter(shift, requires_grad=False)
+    return plain
+
+
+def _trace(detector: FasterRCNN, opset: int) -> Any:
+    height, width = STRIDE * TRACED_ROWS, STRIDE * TRACED_COLUMNS
+    images = torch.zeros(TRACED_BATCH, height, width, 3, dtype=torch.uint8)
+    sizes_hw = torch.tensor([[height - 6, width - 24], [height - 19, width - 4]])
+    batch = Dim("batch")
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        return torch.onnx.export(
+            detector,
+            (images, sizes_hw),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes={"images": {0: batch, 1: STRIDE * Dim("rows"), 2: STRIDE * Dim("columns")}, "image_sizes_hw": {0: batch}},
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS),
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
+    except Exception as error:
+        raise ExportError(f"torch.onnx.export failed: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def graph_problems(model: onnx.ModelProto) -> list[str]:
+    """What in a graph breaks the contract that any ONNX Runtime build can serve it; empty if nothing does."""
+    problems = []
+    inputs, outputs = (tuple(value.name for value in values) for values in (model.graph.input, model.graph.output))
+    if inputs != INPUTS or outputs != OUTPUTS:
+        problems.append(f"the graph maps {inputs} to {outputs}, expected {INPUTS} to {OUTPUTS}")
+    used = Counter(node.op_type for node in model.graph.node)
+    refused = sorted(REFUSED_OPS & used.keys())
+    if refused:
+        problems.append(f"operators that may not be used: {refused}")
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
+    if foreign or model.functions:
+        problems.append(f"operators outside the standard: {foreign or [function.name for function in model.functions]}")
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        problems.append(f"onnx.checker: {error}")
+    return problems
+
+
+def save(model: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
+    """Write the file with the manifest in its metadata."""
+    onnx.helper.set_model_props(model, {METADATA_KEY: dump_manifest(manifest)})
+    onnx.save(model, str(path))

@@ -1,0 +1,248 @@
+"""The proof that an exported file answers as the network it came from: run by every export, recorded in the file's own manifest.
+
+B pictures of a batch, H and W the bucket, D detections of a picture. Boxes in pixels of the input frame.
+Both sides get the same pixels, through the service's own preprocessing and the service's own runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from export import pictures
+from export.agreement import Agreement, answer_of, compare
+from export.pictures import Picture
+from model.faster_rcnn import FasterRCNN
+from service.images import Prepared, assemble, prepare_pixels
+from service.manifest import Bucket, InputSpec, Manifest
+from service.runtime import Detections, Runtime
+
+BATCH_SIZES = (1, 2, 3, 7)  # the graph is traced with another batch size than most of these, on a shape that is no bucket
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Largest differences to eager PyTorch in fp32 that an export may show."""
+
+    box_px: float = 1e-3
+    score: float = 1e-4
+    unmatched_score: float = 0.06
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch to compare on."""
+
+    name: str
+    batch: tuple[Prepared, ...]
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One row of the report."""
+
+    name: str
+    bucket: Bucket
+    batch_size: int
+    detections: int
+    agreement: Agreement
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, with the gates they were held against."""
+
+    gates: Gates
+    rows: tuple[CaseResult, ...]
+    reference: str = field(default_factory=lambda: f"PyTorch {torch.__version__}, eager, greedy NMS")
+
+    @property
+    def total(self) -> Agreement:
+        """The rows added up."""
+        return sum((row.agreement for row in self.rows), Agreement())
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence for every broken gate; empty if the export may be published."""
+        return [sentence for row in self.rows for sentence in _broken(row, self.gates)]
+
+    @property
+    def failed_rows(self) -> list[CaseResult]:
+        """The rows that broke a gate."""
+        return [row for row in self.rows if any(True for _ in _broken(row, self.gates))]
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        total = self.total
+        return {
+            "passed": not self.failures,
+            "reference": self.reference,
+            "cases": len(self.rows),
+            "pictures": sum(row.batch_size for row in self.rows),
+            "detections": sum(row.detections for row in self.rows),
+            "matched": total.matched,
+            "missed": len(total.missed),
+            "extra": len(total.extra),
+            "top_unmatched_score": total.top_unmatched,
+            "ties_at_cut": total.at_cut,
+            "max_box_px": total.worst_box_px,
+            "max_score": total.worst_score,
+            "gates": {"box_px": self.gates.box_px, "score": self.gates.score, "unmatched_score": self.gates.unmatched_score},
+        }
+
+
+def verify(
+    detector: FasterRCNN,
+    runtime: Runtime,
+    *,
+    gates: Gates | None = None,
+    extra_pictures: Sequence[Picture] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Compare the file behind `runtime` with the network, case by case.
+
+    Args:
+        detector: in eval mode, on the CPU, with greedy NMS.
+        extra_pictures: RGB uint8 [H, W, 3] of any size, compared as well, one by one.
+        progress: told the name of every case as it starts.
+    """
+    manifest = runtime.manifest
+    rows = []
+    for case in cases(manifest.input, extra_pictures):
+        progress(f"{case.name}, batch of {len(case.batch)}")
+        rows.append(_against_eager(detector, runtime, case))
+    mixed = mixed_batch(manifest.input, max(BATCH_SIZES))
+    progress("padding content")
+    rows.append(_padding_content(runtime, mixed))
+    progress("batch against singles")
+    rows.append(_batch_against_singles(runtime, mixed))
+    return Report(gates or Gates(), tuple(rows))
+
+
+def cases(spec: InputSpec, extra_pictures: Sequence[Picture] = ()) -> Iterator[Case]:
+    """Batches 1, 2, 3, 7 of mixed pictures; awkward pictures; every bucket, one after another; given pictures."""
+    for size in BATCH_SIZES:
+        yield Case("mixed pictures", mixed_batch(spec, size))
+    hw = (spec.short_side, min(spec.long_side, spec.short_side * 4 // 3))
+    awkward = {
+        "black": pictures.blank(hw, 0),
+        "white": pictures.blank(hw, 255),
+        "noise": pictures.noise(hw, seed=5),
+        "one-pixel object": pictures.one_pixel(hw),
+        "many objects": pictures.smear(hw, seed=6, cells=160),
+        "many blocks": pictures.street(hw, seed=7, blocks=90),
+        "tiny picture": pictures.smear((9, 13), seed=8, cells=3),
+    }
+    for name, picture in awkward.items():
+        yield Case(name, (prepare_pixels(picture, spec),))
+    yield Case("one-pixel picture", (in_bucket(pictures.blank((1, 1), 128), spec.buckets[-1]),))
+    yield Case("no picture at all", (in_bucket(pictures.blank((0, 0), 0), spec.buckets[-1]),))  # certain to give zero detections
+    for index, bucket in enumerate([*spec.buckets, spec.buckets[0]]):  # and back to the first: no state may linger
+        odd = (bucket[0] - 1 - 2 * (index % 3), bucket[1] - 3 - 2 * (index % 5))
+        yield Case("odd size in bucket", (in_bucket(pictures.smear(odd, seed=20 + index), bucket),))
+        yield Case("full bucket", (in_bucket(pictures.street(bucket, seed=40 + index), bucket),))
+    for index, picture in enumerate(extra_pictures, start=1):
+        yield Case(f"given picture {index}", (prepare_pixels(picture, spec),))
+
+
+def mixed_batch(spec: InputSpec, size: int) -> tuple[Prepared, ...]:
+    """Pictures of different sizes and contents that share the first bucket."""
+    bucket = spec.buckets[0]
+    draw = (pictures.smear, pictures.street, pictures.noise)
+    sizes = [(max(1, bucket[0] - 7 * i), max(1, bucket[1] - 11 * ((i * 3) % 7))) for i in range(size)]
+    return tuple(in_bucket(draw[i % 3](hw, i), bucket) for i, hw in enumerate(sizes))
+
+
+def in_bucket(picture: Picture, bucket: Bucket) -> Prepared:
+    """A picture that is already in the input frame."""
+    return Prepared(picture, bucket, (picture.shape[0], picture.shape[1]))
+
+
+def eager(detector: FasterRCNN, images: pictures.Picture, sizes_hw: np.ndarray[Any, np.dtype[np.int64]]) -> Detections:
+    """The network's own answer as numpy arrays."""
+    with torch.inference_mode():
+        answer = detector(torch.from_numpy(images), torch.from_numpy(sizes_hw))
+    return Detections(*(part.numpy() for part in answer))
+
+
+def contract_problems(detections: Detections, sizes_hw: np.ndarray[Any, np.dtype[np.int64]], manifest: Manifest) -> list[str]:
+    """What in an answer breaks the graph contract, one sentence each."""
+    problems = []
+    count, limit = detections.num_detections, manifest.detections_per_image
+    size = len(sizes_hw)
+    shapes = {"boxes": (size, limit, 4), "scores": (size, limit), "labels": (size, limit), "num_detections": (size,)}
+    for name, shape in shapes.items():
+        if getattr(detections, name).shape != shape:
+            problems.append(f"{name} has shape {getattr(detections, name).shape}, expected {shape}")
+    if problems:
+        return problems
+    used = np.arange(limit)[None, :] < count[:, None]  # [B, D]
+    boxes, scores, labels = detections.boxes, detections.scores, detections.labels
+    height, width = sizes_hw[:, :1], sizes_hw[:, 1:]
+    inside = (boxes[..., 0] >= 0) & (boxes[..., 1] >= 0) & (boxes[..., 2] <= width) & (boxes[..., 3] <= height)
+    upright = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    rules = {
+        "a value is not finite": np.isfinite(boxes).all() and np.isfinite(scores).all(),
+        "num_detections lies outside 0..D": bool(((count >= 0) & (count <= limit)).all()),
+        "a box is empty or leaves its picture": bool((inside & upright)[used].all()),
+        "scores do not descend": bool((np.diff(scores, axis=1) <= 0).all()),
+        "a score is not above the floor": bool((scores[used] > manifest.score_floor).all()),
+        "rows beyond the count are not zero": not (scores[~used].any() or labels[~used].any() or boxes[~used].any()),
+        "a label lies outside 1..K": bool(((labels[used] >= 1) & (labels[used] <= len(manifest.class_names))).all()),
+    }
+    return [sentence for sentence, holds in rules.items() if not holds]
+
+
+def _against_eager(detector: FasterRCNN, runtime: Runtime, case: Case) -> CaseResult:
+    images, sizes_hw = assemble(case.batch)
+    return _row(case.name, images, sizes_hw, eager(detector, images, sizes_hw), runtime)
+
+
+def _padding_content(runtime: Runtime, batch: Sequence[Prepared]) -> CaseResult:
+    images, sizes_hw = assemble(batch)
+    noisy = pictures.noise((images.shape[0] * images.shape[1], images.shape[2]), seed=9).reshape(images.shape)
+    for index, (height, width) in enumerate(sizes_hw):
+        noisy[index, :height, :width] = images[index, :height, :width]
+    return _row("noise in the padding, against zeros", noisy, sizes_hw, runtime.run(images, sizes_hw), runtime)
+
+
+def _batch_against_singles(runtime: Runtime, batch: Sequence[Prepared]) -> CaseResult:
+    images, sizes_hw = assemble(batch)
+    singles = [runtime.run(images[i : i + 1], sizes_hw[i : i + 1]) for i in range(len(batch))]
+    joined = Detections(*(np.concatenate(parts) for parts in zip(*singles, strict=True)))
+    return _row("batch against singles", images, sizes_hw, joined, runtime)
+
+
+def _row(
+    name: str,
+    images: pictures.Picture,
+    sizes_hw: np.ndarray[Any, np.dtype[np.int64]],
+    reference: Detections,
+    runtime: Runtime,
+) -> CaseResult:
+    answer = runtime.run(images, sizes_hw)
+    limit = runtime.manifest.detections_per_image
+    problems = contract_problems(answer, sizes_hw, runtime.manifest)
+    agreement = Agreement()
+    if not problems:
+        pairs = [(answer_of(reference, i), answer_of(answer, i)) for i in range(len(images))]
+        agreement = sum((compare(a, b, limit=limit) for a, b in pairs), Agreement())
+    return CaseResult(name, images.shape[1:3], len(images), int(answer.num_detections.sum()), agreement, tuple(problems))
+
+
+def _broken(row: CaseResult, gates: Gates) -> Iterator[str]:
+    where = f"{row.name} ({row.bucket[0]}x{row.bucket[1]}, batch {row.batch_size})"
+    for problem in row.problems:
+        yield f"{where}: {problem}"
+    agreement = row.agreement
+    if agreement.worst_box_px > gates.box_px:
+        yield f"{where}: a box moved by {agreement.worst_box_px:.2g} px, allowed {gates.box_px:g}"
+    if agreement.worst_score > gates.score:
+        yield f"{where}: a score moved by {agreement.worst_score:.2g}, allowed {gates.score:g}"
+    if agreement.top_unmatched > gates.unmatched_score:
+        yield f"{where}: a box with score {agreement.top_unmatched:.3f} has no partner, allowed up to {gates.unmatched_score:g}"
