@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Targets: cpu (the default), gpu, train.  docker build --target gpu -t faster-rcnn-service:gpu .
+# Targets: cpu (the default), gpu, train, load.  docker build --target gpu -t faster-rcnn-service:gpu .
 #
 # cpu and gpu hold the service alone: no torch, no pip, no compiler, no shell script. They run as user 10001 on a read-only root.
 # A mirror of the package registry: docker build --secret id=pip,src=pip.conf .
@@ -28,6 +28,10 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 FROM pip AS packages-train
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/pip/bin/pip --python /opt/venv/bin/python install --requirement /requirements/train.txt
+
+FROM pip AS packages-load
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/pip/bin/pip --python /opt/venv/bin/python install --requirement /requirements/load.txt
 
 # CycloneDX bills of the Python packages; Debian's are in the image's own dpkg database, where scanners look for them.
 FROM pip AS bills
@@ -67,6 +71,16 @@ COPY export/ export/
 USER 10001:10001
 ENTRYPOINT ["python", "-m"]
 CMD ["model.train", "--help"]
+
+# The load generator of the compose profile `load`.
+FROM python AS load
+ENV PATH=/opt/venv/bin:$PATH MPLCONFIGDIR=/tmp
+WORKDIR /app
+COPY --from=packages-load /opt/venv /opt/venv
+COPY benchmarks/ benchmarks/
+USER 10001:10001
+ENTRYPOINT ["python", "-m", "benchmarks.load"]
+CMD ["--help"]
 
 FROM python AS serve
 WORKDIR /app

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.server import FINISH_GRACE_S
 from service.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,12 +86,21 @@ def test_service_images_are_watched_without_a_shell_and_stop_on_sigterm(target: 
 
 
 def test_every_requirement_is_pinned_and_hashed_and_installed_so() -> None:
-    for name in set(re.findall(r"/requirements/(\w+\.txt)", DOCKERFILE)):
+    for name in sorted(set(re.findall(r"/requirements/(\w+\.txt)", DOCKERFILE))):
         packages = re.split(r"\n(?=\S)", (ROOT / "requirements" / name).read_text().strip())
         for package in packages:
             assert re.match(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==\S+", package), f"{name}: {package.splitlines()[0]} is not pinned"
             assert "--hash=sha256:" in package, f"{name}: {package.splitlines()[0]} has no hash"
     assert "PIP_REQUIRE_HASHES=1" in DOCKERFILE
+
+
+def test_the_load_profile_calls_the_load_tool_with_arguments_that_it_knows() -> None:
+    from benchmarks.load import _parser, check_host
+
+    given = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in COMPOSE["services"]["load"]["command"]]
+    options = _parser().parse_args(given)
+    check_host(options.url, owned=options.i_own_this_host)
+    assert options.rate is not None
 
 
 def test_settings_baked_into_images_and_files_exist() -> None:
@@ -132,18 +142,18 @@ def test_compose_needs_no_other_step_and_pins_every_image() -> None:
         assert "build" in service or re.search(r":v?\d+\.\d+\.\d+", service["image"]), f"{name}: pin {service['image']}"
 
 
-@pytest.mark.parametrize("name", ["detector", "detector-gpu", "prometheus", "grafana"])
+@pytest.mark.parametrize("name", sorted(COMPOSE["services"].keys() - {"dcgm-exporter"}))
 def test_compose_restricts_what_it_starts(name: str) -> None:
     service = COMPOSE["services"][name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert "mem_limit" in service
-    assert all(port.startswith("${PUBLISH:-127.0.0.1}:") for port in service["ports"])
+    assert all(port.startswith("${PUBLISH:-127.0.0.1}:") for port in service.get("ports", []))
 
 
 def test_compose_stops_later_than_the_service_needs() -> None:
-    longest = Settings.model_fields["drain_seconds"].default + Settings.model_fields["request_timeout_ms"].default / 1000
+    longest = Settings.model_fields["drain_seconds"].default + Settings.model_fields["request_timeout_ms"].default / 1000 + FINISH_GRACE_S
     for name in ("detector", "detector-gpu"):
         assert int(COMPOSE["services"][name]["stop_grace_period"].removesuffix("s")) > longest
 
