@@ -81,6 +81,10 @@ class LoadFailed(DetectorError):
     status, code, title = 409, "load_failed", "Version not loaded"
 
 
+class HeadersTooLarge(DetectorError):
+    status, code, title = 431, "headers_too_large", "Headers too large"
+
+
 class QueueFull(DetectorError):
     status, code, title = 429, "queue_full", "Overloaded"
 

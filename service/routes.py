@@ -10,9 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service import openapi
-from service.answers import answer_document, choose, dump, server_timing
+from service.answers import answer_document, choose, dump, server_timing, timing_ms
 from service.bodies import Parsed, Picture, is_raw, parse_body
+from service.drawing import Drawn, draw, negotiate
 from service.errors import BadOption, DetectorError
+from service.images import ImageLimits, decode
 from service.options import DetectOptions, parse_options, select_labels
 from service.parts import Parts, parts_of
 from service.pipeline import Result
@@ -49,8 +51,11 @@ async def detect(request: Request) -> Response:
             raise picture
         served = parts.repository.resolve(options.model)
         labels = select_labels(options.classes, served.manifest.class_names)
-        work = parts.pipeline.detect(picture, served, deadline=deadline, priority=options.priority)
-        result = await unless_client_leaves(request.receive, work)
+        accept = request.headers.get("accept", "")
+        work = _detect_one(parts, picture, served, options, labels, deadline=deadline, accept=accept)
+        result, drawn = await unless_client_leaves(request.receive, work)
+    if drawn is not None:
+        return _drawn_response(request, result, drawn)
     return _json_response(request, parts, result, options, labels)
 
 
@@ -80,6 +85,32 @@ async def detect_batch(request: Request) -> Response:
     context.fields.update(model=served.reference, images=len(outcomes))
     payload = await parts.pipeline.compute(_batch_payload, outcomes, options, labels, time.perf_counter() - context.started)
     return Response(payload, media_type=JSON_TYPE)
+
+
+async def _detect_one(
+    parts: Parts,
+    picture: bytes,
+    served: ServedVersion,
+    options: DetectOptions,
+    labels: frozenset[int] | None,
+    *,
+    deadline: float,
+    accept: str,
+) -> tuple[Result, Drawn | None]:
+    """The result, and where it is asked for the picture with its boxes."""
+    result = await parts.pipeline.detect(picture, served, deadline=deadline, priority=options.priority)
+    if options.format == "json":
+        return result, None
+    return result, await parts.pipeline.compute(_draw, picture, result, options, labels, parts.pipeline.limits, negotiate(accept))
+
+
+def _draw(
+    picture: bytes, result: Result, options: DetectOptions, labels: frozenset[int] | None, limits: ImageLimits, media_type: str
+) -> Drawn:
+    """Decoded once more, in full size: that is rare, and keeping every picture in case it is drawn would cost memory for all."""
+    chosen = choose(result, options, labels)
+    names = result.served.manifest.class_names
+    return draw(decode(picture, limits), chosen.boxes, chosen.scores, chosen.labels, names, media_type=media_type)
 
 
 def _merged(request: Request, parsed: Parsed, name: str) -> DetectOptions:
@@ -129,3 +160,11 @@ def _json_response(request: Request, parts: Parts, result: Result, options: Dete
     timing = document["timing_ms"]
     context.fields.update(model=result.served.reference, image=document["image"], batch_size=result.batch_size, timing_ms=timing)
     return Response(payload, headers={"server-timing": server_timing(timing)}, media_type=JSON_TYPE)
+
+
+def _drawn_response(request: Request, result: Result, drawn: Drawn) -> Response:
+    context = context_of(request)
+    timing = timing_ms(result, time.perf_counter() - context.started)
+    context.fields.update(model=result.served.reference, batch_size=result.batch_size, timing_ms=timing)
+    headers = {"server-timing": server_timing(timing), "vary": "accept"}
+    return Response(drawn.data, headers=headers, media_type=drawn.media_type)

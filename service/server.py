@@ -14,14 +14,15 @@ import signal
 from types import FrameType
 from typing import Any
 
+import orjson
 import uvicorn
 from fastapi import FastAPI
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import DetectorError, NotReady
+from service.errors import DetectorError, HeadersTooLarge, MalformedRequest, NotReady, SlowBody
 from service.health import Health
-from service.problems import error_response
+from service.problems import PROBLEM_TYPE, error_response, problem
 from service.settings import Settings
 
 FINISH_GRACE_S = 5.0
@@ -30,10 +31,6 @@ FAILURE_GRACE_S = 2.0
 """After a failure for good: time for the answers that say so."""
 
 logger = logging.getLogger(__name__)
-
-
-class HeadersTooLarge(DetectorError):
-    status, code, title = 431, "headers_too_large", "Headers too large"
 
 
 def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
@@ -59,11 +56,7 @@ def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
                     self._start_header_timer()
             super().data_received(data)
             if self._in_headers and self._header_bytes > settings.max_header_bytes and not self.transport.is_closing():
-                self._refuse(b"431 Request Header Fields Too Large")
-
-        def on_message_begin(self) -> None:
-            self._in_headers, self._header_bytes = True, 0
-            super().on_message_begin()
+                self._refuse(b"431 Request Header Fields Too Large", _headers_too_large(self._header_bytes, settings))
 
         def on_headers_complete(self) -> None:
             self._in_headers = False
@@ -76,6 +69,11 @@ def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
         def on_message_complete(self) -> None:
             self._in_headers, self._header_bytes = True, 0
             super().on_message_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(
+                b"400 Bad Request", MalformedRequest("this is not HTTP/1.1 as servers understand it; let a client library write it")
+            )
 
         def _choose_app(self) -> Any:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -101,13 +99,25 @@ def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
         def _headers_late(self) -> None:
             self._header_timer = None
             if self._in_headers and not self.transport.is_closing():
-                self._refuse(b"408 Request Timeout")
+                detail = (
+                    f"no complete request came in {settings.header_timeout_ms} ms; send faster, or open the connection when it is needed"
+                )
+                self._refuse(b"408 Request Timeout", SlowBody(detail))
 
-        def _refuse(self, status: bytes) -> None:
-            self.transport.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        def _refuse(self, status: bytes, error: DetectorError) -> None:
+            """Answer below HTTP, where there is no request yet."""
+            body = orjson.dumps(problem(error))
+            head = f"content-type: {PROBLEM_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + head.encode() + body)
             self.transport.close()
 
     return BoundedProtocol
+
+
+def _headers_too_large(size: int, settings: Settings) -> HeadersTooLarge:
+    return HeadersTooLarge(
+        f"request line and headers may have {settings.max_header_bytes} bytes, these have {size} or more; send fewer or shorter ones"
+    )
 
 
 def _refusing(error: DetectorError) -> Response:

@@ -142,6 +142,13 @@ async def fake_service(
         yield client, app, runtime
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that has no event of its own."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
 def run(coroutine: Any) -> Any:
     """Run an async test."""
     return asyncio.run(coroutine)

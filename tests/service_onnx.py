@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from service_fakes import make_manifest, picture
 
 from service.manifest import METADATA_KEY, GoldenDetection, GoldenImage, Tolerance, dump_manifest
-from service_fakes import make_manifest, picture
 
 OPSET = 18
 
 
-def write_model(root: Path, name: str = "blobs", version: str = "1", *, score: float = 0.6, golden_score: float | None = None, **manifest: Any) -> Path:
+def write_model(
+    root: Path, name: str = "blobs", version: str = "1", *, score: float = 0.6, golden_score: float | None = None, **manifest: Any
+) -> Path:
     """Write root/name/version/model.onnx.
 
     Args:

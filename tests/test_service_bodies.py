@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import zlib
@@ -8,8 +9,9 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from service.bodies import inflate, is_raw, parse_body
-from service.errors import BodyTooLarge, DetectorError, EmptyBody, MalformedRequest, UnsupportedType
+from service.errors import BodyTooLarge, EmptyBody, MalformedRequest, UnsupportedType
 
 BOUNDARY = "xYzZy"
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
@@ -111,7 +113,14 @@ def test_empty_and_unknown():
 
 @pytest.mark.parametrize(
     ("content_type", "raw"),
-    [("image/jpeg", True), ("IMAGE/PNG; q=1", True), ("application/octet-stream", True), ("", True), ("application/json", False), (FORM, False)],
+    [
+        ("image/jpeg", True),
+        ("IMAGE/PNG; q=1", True),
+        ("application/octet-stream", True),
+        ("", True),
+        ("application/json", False),
+        (FORM, False),
+    ],
 )
 def test_which_bodies_are_the_picture_itself(content_type, raw):
     assert is_raw(content_type) is raw
@@ -133,10 +142,8 @@ def test_a_bomb_is_stopped_at_the_limit(encoding, compress):
 @given(st.binary(max_size=300))
 def test_any_bytes_inflate_or_are_refused(data):
     for encoding in ("gzip", "deflate"):
-        try:
+        with contextlib.suppress(MalformedRequest, BodyTooLarge):
             inflate(data, encoding, 1000)
-        except DetectorError as error:
-            assert error.status in (400, 413)
 
 
 def test_cut_streams_and_unknown_encodings():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from service.errors import BadOption
 from service.options import DEFAULTS, OPTION_NAMES, parse_options, select_labels
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from service.quota import cpu_quota
 
 ALLOWED = len(os.sched_getaffinity(0))

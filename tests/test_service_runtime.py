@@ -4,6 +4,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from service_fakes import FakeRuntime, detect_colours, make_manifest
+from service_onnx import colour_graph, golden, write_model
+
 from service.device_errors import DeviceLost, DeviceOutOfMemory
 from service.errors import InferenceFailed
 from service.golden import GoldenMismatch, check_golden
@@ -18,8 +21,6 @@ from service.runtime import (
     provider_candidates,
     warm_up,
 )
-from service_fakes import FakeRuntime, detect_colours, make_manifest
-from service_onnx import colour_graph, golden, write_model
 
 BATCHES = [(1, 96, 160), (2, 160, 96), (3, 128, 128), (7, 96, 160)]
 
@@ -80,7 +81,7 @@ def test_a_provider_that_does_not_load_is_no_silent_fallback(tmp_path, monkeypat
 def test_garbage_is_refused_with_a_sentence(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"this is no model" * 100)
-    with pytest.raises(RuntimeLoadError, match="is it a complete model.onnx"):
+    with pytest.raises(RuntimeLoadError, match=r"is it a complete model\.onnx"):
         OnnxRuntime(path)
 
 
@@ -151,7 +152,7 @@ def test_warm_up_goes_to_the_largest_batch_where_batching_pays():
 
 def test_golden_images_pass_and_fail(tmp_path):
     check_golden(OnnxRuntime(write_model(tmp_path, version="1")))
-    with pytest.raises(GoldenMismatch, match="expected label 1 with score 0.65"):
+    with pytest.raises(GoldenMismatch, match=r"expected label 1 with score 0\.65"):
         check_golden(OnnxRuntime(write_model(tmp_path, version="2", golden_score=0.4)))
 
 

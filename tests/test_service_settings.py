@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from service.settings import ENV_PREFIX, Settings, SettingsError, describe_settings, load_settings
 
 
