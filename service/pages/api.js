@@ -68,7 +68,7 @@ export async function detect(picture, { threshold, model, signal }) {
   return { answer, roundTripMs: performance.now() - started };
 }
 
-/** @returns {Promise<{name: string, version: string}[]>} */
+/** @returns {Promise<{name: string, versions: {name: string, version: string, state: string}[]}[]>} */
 export async function listModels() {
   const response = await call("v1/models");
   return (await response.json()).models;

@@ -276,6 +276,7 @@ function onSilence(why) {
 
 async function scrape() {
   const response = await fetch("metrics", { signal: AbortSignal.timeout(GIVE_UP_MS), cache: "no-store", headers: { Accept: "text/plain" } });
+  if (response.status === 404) throw new Error("no /metrics on this port; it may have its own, DETECTOR_OPERATIONS_PORT");
   if (!response.ok) throw new Error(`/metrics answered ${response.status}`);
   return parseMetrics(await response.text());
 }

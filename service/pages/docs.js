@@ -12,6 +12,15 @@ function make(tag, className, ...children) {
   return element;
 }
 
+/** Text with `code` in backticks, as nodes. */
+function prose(text) {
+  return (text ?? "").split("`").map((part, at) => (at % 2 ? make("code", "", part) : part.replaceAll("\n", " ")));
+}
+
+function paragraphs(text) {
+  return (text ?? "").split(/\n\s*\n/).filter(Boolean).map((part) => make("p", "", ...prose(part)));
+}
+
 function resolve(document, schema) {
   return schema?.$ref ? schema.$ref.slice(2).split("/").reduce((place, key) => place[key], document) : (schema ?? {});
 }
@@ -21,15 +30,16 @@ function kindOf(document, given) {
   const schema = resolve(document, given);
   const options = (schema.anyOf ?? schema.oneOf ?? []).filter(({ type }) => type !== "null");
   if (options.length) return [...new Set(options.map((option) => kindOf(document, option)))].join(" or ") + defaultOf(schema);
-  const name = schema.enum ? schema.enum.map((word) => JSON.stringify(word)).join(" | ") : (schema.title && schema.properties ? schema.title : schema.type ?? "any");
+  const name = schema.enum ? schema.enum.join(" | ") : (schema.title && schema.properties ? schema.title : schema.type ?? "any");
   const items = schema.type === "array" ? ` of ${kindOf(document, schema.items)}` : "";
   const [low, high] = [schema.minimum ?? schema.exclusiveMinimum, schema.maximum ?? schema.exclusiveMaximum];
   const range = low !== undefined && high !== undefined ? `, ${low} to ${high}` : low !== undefined ? `, from ${low}` : high !== undefined ? `, up to ${high}` : "";
-  return `${schema.format === "binary" ? "file" : name}${items}${range}${defaultOf(schema)}`;
+  const coded = schema.format === "binary" ? "file" : schema.contentEncoding;
+  return `${coded ?? name}${items}${range}${defaultOf(schema)}`;
 }
 
 function defaultOf(schema) {
-  return schema.default === undefined || schema.default === null ? "" : `, default ${schema.default}`;
+  return schema.default === undefined || schema.default === null || schema.default.length === 0 ? "" : `, default ${schema.default}`;
 }
 
 /** A made-up value of the schema's shape, so that a reader sees the JSON. */
@@ -61,39 +71,66 @@ function fieldTable(title, rows) {
   const body = rows.map(([name, kind, text]) => {
     const head = make("th", "", make("code", "", name));
     head.scope = "row";
-    return make("tr", "", head, make("td", "kind", kind), make("td", "text", text ?? ""));
+    return make("tr", "", head, make("td", "kind", kind), make("td", "text", ...prose(text)));
   });
-  return [make("h3", "", title), scrolling(title, make("table", "", make("tbody", "", ...body)))];
+  return scrolling(title, make("table", "", make("tbody", "", ...body)));
 }
 
-function parameters(document, operation) {
-  const rows = (operation.parameters ?? [])
-    .map((given) => resolve(document, given))
-    .map((one) => [one.name, `${one.in}, ${kindOf(document, one.schema)}`, one.description ?? one.schema?.description]);
-  return rows.length ? fieldTable("Options", rows) : [];
+function section(title, rows) {
+  return rows.length ? [make("h3", "", title), fieldTable(title, rows)] : [];
 }
 
-function body(document, operation) {
-  const content = Object.entries(resolve(document, operation.requestBody).content ?? {});
-  if (!content.length) return [];
-  return fieldTable("Body", content.map(([type, { schema }]) => {
-    const { properties } = resolve(document, schema);
-    const fields = Object.entries(properties ?? {}).map(([name, field]) => `${name}: ${kindOf(document, field)}`);
-    return [type, fields.length ? "" : kindOf(document, schema), fields.join("; ") || resolve(document, schema).description];
-  }));
+function folded(title, ...children) {
+  return make("details", "", make("summary", "", title), ...children);
 }
 
-function answers(document, operation) {
-  const entries = Object.entries(operation.responses ?? {}).map(([status, given]) => [status, resolve(document, given)]);
-  if (!entries.length) return [];
-  const table = fieldTable("Answers", entries.map(([status, { content, description }]) => [status, Object.keys(content ?? {}).join(", "), description]));
-  const [, first] = entries.find(([status]) => status.startsWith("2")) ?? [];
+function parametersOf(document, operation) {
+  return (operation.parameters ?? []).map((given) => resolve(document, given));
+}
+
+function optionRows(document, operation) {
+  return parametersOf(document, operation).map((one) => [
+    one.name, `${one.in === "query" ? "" : `in the ${one.in}, `}${kindOf(document, one.schema)}`, one.description ?? one.schema?.description,
+  ]);
+}
+
+/** One row a type of body; fields that are options too are not told twice. */
+function bodyRows(document, operation) {
+  const options = new Set(parametersOf(document, operation).map(({ name }) => name));
+  return Object.entries(resolve(document, operation.requestBody).content ?? {}).map(([type, { schema }]) => {
+    const { properties, description } = resolve(document, schema);
+    const own = Object.entries(properties ?? {}).filter(([name]) => !options.has(name));
+    const fields = own.map(([name, field]) => `\`${name}\`: ${kindOf(document, field)}`).join(", ");
+    const also = own.length && own.length < Object.keys(properties).length ? ", and the options above" : "";
+    return [type, fields ? "object" : kindOf(document, schema), fields ? fields + also : description];
+  });
+}
+
+function answersOf(document, operation) {
+  const all = Object.entries(operation.responses ?? {}).map(([status, given]) => ({ status, ...resolve(document, given) }));
+  return [all.filter(({ status }) => status < "4"), all.filter(({ status }) => status >= "4")];
+}
+
+function exampleBlock(document, [first]) {
   const media = first?.content?.["application/json"];
-  const example = media?.example ?? (media?.schema && Object.keys(media.schema).length ? exampleOf(document, media.schema) : undefined);
-  if (example === undefined || example === null) return table;
+  const example = media?.example ?? (media?.schema && Object.keys(media.schema).length ? exampleOf(document, media.schema) : null);
+  if (example === null || example === undefined) return [];
   const shown = make("pre", "", JSON.stringify(example, null, 2));
   shown.tabIndex = 0;
-  return [...table, make("details", "", make("summary", "", "Shape of the answer"), shown)];
+  return [folded("An answer", shown)];
+}
+
+/** The codes of a status, told by its examples. */
+function errorRow({ status, content, description }) {
+  const examples = Object.entries(Object.values(content ?? {})[0]?.examples ?? {});
+  return [status, examples.map(([code]) => code).join(", "), examples.map(([, { summary }]) => summary).join(", ") || description];
+}
+
+function answerBlocks(document, operation) {
+  const [good, bad] = answersOf(document, operation);
+  const rows = good.map(({ status, content, description }) => [status, Object.keys(content ?? {}).join(", "), description]);
+  const errors = bad.length ? [folded("Errors", fieldTable("Errors", bad.map(errorRow)))] : [];
+  return [...section("Answer", rows), ...exampleBlock(document, good), ...errors];
 }
 
 function operationCard(document, path, verb, operation) {
@@ -101,8 +138,10 @@ function operationCard(document, path, verb, operation) {
     "section", "card operation",
     make("h2", "", make("span", "verb", verb.toUpperCase()), path),
     operation.summary ? make("p", "", make("b", "", operation.summary)) : null,
-    operation.description ? make("p", "", operation.description) : null,
-    ...parameters(document, operation), ...body(document, operation), ...answers(document, operation),
+    ...paragraphs(operation.description),
+    ...section("Options", optionRows(document, operation)),
+    ...section("Body", bodyRows(document, operation)),
+    ...answerBlocks(document, operation),
   );
   card.id = `${verb}${path.replace(/\W+/g, "-")}`;
   return card;
@@ -110,7 +149,7 @@ function operationCard(document, path, verb, operation) {
 
 function show(document) {
   $("title").textContent = `${document.info.title} ${document.info.version}`;
-  $("about").textContent = document.info.description ?? "";
+  $("about").append(...prose(document.info.description));
   const groups = new Map();
   for (const [path, verbs] of Object.entries(document.paths)) {
     for (const verb of VERBS.filter((one) => one in verbs)) {

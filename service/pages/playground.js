@@ -261,13 +261,18 @@ function chosenModel() {
   return $("model").hidden ? "" : $("model").value;
 }
 
+function titleOf({ name, version }) {
+  return `${name} · version ${version}`;
+}
+
 async function showModels() {
   try {
     const models = await listModels();
-    $("model").replaceChildren(...models.map(({ name, version }) => new Option(`${name} · version ${version}`, name)));
-    $("model").hidden = models.length < 2;
-    $("model-label").hidden = models.length === 0;
-    $("model-name").textContent = models.length === 1 ? `${models[0].name} · version ${models[0].version}` : "";
+    const versions = models.flatMap((one) => one.versions);
+    $("model").replaceChildren(...versions.map((one) => new Option(titleOf(one), one.state === "active" ? one.name : `${one.name}@${one.version}`)));
+    $("model").hidden = versions.length < 2;
+    $("model-label").hidden = versions.length === 0;
+    $("model-name").textContent = versions.length === 1 ? titleOf(versions[0]) : "";
   } catch (error) {
     $("model-name").textContent = error.status === 401 ? "needs an API key" : "not known";
   }
