@@ -80,19 +80,22 @@ def choose(result: Result, options: DetectOptions, labels: frozenset[int] | None
         labels: those asked for, or None for all.
     """
     found = result.detections
-    keep = found.scores >= options.score_threshold
+    above = int(np.count_nonzero(found.scores >= options.score_threshold))
+    boxes, scores, found_labels = found.boxes[:above], found.scores[:above], found.labels[:above]  # best first, so these are they
     if labels is not None:
-        keep &= np.isin(found.labels, list(labels))
-    rows = np.flatnonzero(keep)[: options.max_detections]
-    return Chosen(to_original_frame(found.boxes[rows], result.prepared), found.scores[rows], found.labels[rows])
+        keep = np.isin(found_labels, list(labels))
+        boxes, scores, found_labels = boxes[keep], scores[keep], found_labels[keep]
+    count = options.max_detections
+    return Chosen(to_original_frame(boxes[:count], result.prepared), scores[:count], found_labels[:count])
 
 
 def format_boxes(boxes: NDArray[np.float32], box_format: BoxFormat, original_hw: tuple[int, int]) -> NDArray[np.float64]:
     """Boxes [N, 4] from xyxy in pixels to what was asked for, rounded to what pictures can tell."""
-    x1, y1, x2, y2 = boxes.astype(np.float64).T
+    exact = boxes.astype(np.float64)
     if box_format == "xyxy":
-        columns = (x1, y1, x2, y2)
-    elif box_format == "xywh":
+        return exact.round(PIXEL_DECIMALS)
+    x1, y1, x2, y2 = exact.T
+    if box_format == "xywh":
         columns = (x1, y1, x2 - x1, y2 - y1)
     elif box_format == "cxcywh":
         columns = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)

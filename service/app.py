@@ -18,22 +18,28 @@ from service.images import ImageLimits
 from service.inference import make_run
 from service.loading import Loader, from_runtime, open_onnx, require_models
 from service.metrics import Metrics
-from service.middleware import BodyLimitMiddleware, ContextMiddleware, KeyMiddleware
+from service.middleware import BodyLimitMiddleware, ContextMiddleware, DirectMiddleware, KeyMiddleware
 from service.parts import Parts
 from service.pipeline import Pipeline
 from service.problems import install_handlers
 from service.quota import cpu_quota
 from service.repository import Repository
+from service.requests import DetectingRoute
 from service.runtime import Runtime
 from service.scheduler import Scheduler
 from service.settings import Settings, load_settings
+from service.shadow import Shadow
 from service.status import status_router
+from service.tracing import TracingMiddleware, make_tracer
 from service.vitals import ServiceObserver, make_canary, measure_loop_lag, watch_devices, watch_queue
 
 DESCRIPTION = (
     "Post a picture, get boxes, classes and scores. "
     "Errors are problem+json (RFC 9457) with a stable `code` and a `detail` that says what to do."
 )
+
+CLOSE_GRACE_S = 10.0
+"""For batches that run when the process stops."""
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +126,7 @@ def _make_loader(settings: Settings, devices: Sequence[int]) -> Loader:
 def _surround(app: FastAPI, parts: Parts) -> None:
     """Middleware; the one that is added last is the outermost."""
     settings = parts.settings
+    app.add_middleware(DirectMiddleware, routes=[route for route in routes.detecting.routes if isinstance(route, DetectingRoute)])
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_upload_bytes, timeout_s=settings.body_timeout_ms / 1e3)
     if parts.api_keys is not None:
         app.add_middleware(KeyMiddleware, keys=parts.api_keys, admin_keys=parts.admin_keys, metrics=parts.metrics)
@@ -131,6 +138,9 @@ def _surround(app: FastAPI, parts: Parts) -> None:
             allow_headers=["authorization", "content-type", "x-api-key", "x-request-id", "traceparent"],
             expose_headers=["x-request-id", "server-timing", "retry-after"],
         )
+    tracer = make_tracer()
+    if tracer is not None:
+        app.add_middleware(TracingMiddleware, tracer=tracer)
     app.add_middleware(ContextMiddleware, metrics=parts.metrics, health=parts.health, access_log=settings.access_log)
 
 
@@ -183,8 +193,22 @@ async def _load_models(parts: Parts, runtime: Runtime | None) -> None:
         logger.debug("loading failed", exc_info=error)
         parts.health.fail(str(error), EXIT_NO_MODEL)
         return
+    if settings.shadow is not None and runtime is None:
+        await _start_shadow(parts, settings.shadow)
     parts.health.loaded(make_canary(parts.repository, parts.pipeline))
     logger.info("ready", extra={"fields": {"models": [served.reference for served in parts.repository.served]}})
+
+
+async def _start_shadow(parts: Parts, wanted: str) -> None:
+    """A candidate that cannot be loaded is an error in the log: it must not keep the service from its work."""
+    reference, _, share = wanted.partition("=")
+    name, _, version = reference.partition("@")
+    try:
+        candidate = await parts.repository.enter_beside(name, version)
+    except Exception as error:
+        logger.error("shadow %s is not running: %s", reference, error)
+        return
+    parts.pipeline.shadow = Shadow(candidate, float(share), parts.scheduler, parts.metrics)
 
 
 async def _stop(parts: Parts, tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -194,7 +218,7 @@ async def _stop(parts: Parts, tasks: Sequence[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     if parts.health.failure is None:
         await parts.scheduler.drain()
-    stopped = await parts.scheduler.close(grace_s=0.0 if parts.health.failure else 10.0)
+    stopped = await parts.scheduler.close(grace_s=0.0 if parts.health.failure else CLOSE_GRACE_S)
+    await parts.pipeline.close()
     if stopped:
         await parts.repository.close()
-    parts.pipeline.close()

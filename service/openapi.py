@@ -163,9 +163,21 @@ BATCH: dict[str, Any] = {
 }
 
 
+def _replace_validation_errors(document: dict[str, Any]) -> None:
+    """The framework documents its own shape of 422, which this service never sends."""
+    ours = error_responses((errors.BadOption,))[422]
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "HTTPValidationError" in str(operation.get("responses", {}).get("422", {})):
+                operation["responses"]["422"] = ours
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+
+
 def add_schemas(document: dict[str, Any]) -> dict[str, Any]:
     """Put the schemas that the routes above refer to into the document's components."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    _replace_validation_errors(document)
     for model in (DetectAnswer, BatchAnswer, Problem):
         schema = model.model_json_schema(ref_template=REF_TEMPLATE, by_alias=True, mode="serialization")
         schemas.update(schema.pop("$defs", {}))

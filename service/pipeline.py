@@ -20,6 +20,7 @@ from service.inference import ImageDetections
 from service.metrics import Metrics
 from service.repository import ServedVersion
 from service.scheduler import Priority, Scheduler
+from service.shadow import Shadow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,6 +74,8 @@ class Pipeline:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
+        self.shadow: Shadow | None = None
+        """Told of every image that was answered."""
         self._scheduler = scheduler
         self._metrics = metrics
         self._clock = clock
@@ -96,8 +99,9 @@ class Pipeline:
         Raises:
             QueueFull, WouldMissDeadline: with the time after which another try makes sense.
         """
-        if self._images == 0:
-            return
+        room = self._images < self._max_images and self._nbytes < self._max_bytes
+        if room and self._images * served.slowest_image_s < deadline - self._clock():
+            return  # in time even if each image of the house ran alone: no need for an estimate
         wait_s = self._estimate_s(served)
         if self._images >= self._max_images or self._nbytes >= self._max_bytes:
             raise QueueFull(
@@ -186,6 +190,8 @@ class Pipeline:
         answer = await future
         if isinstance(answer.result, InferenceFailed):
             raise answer.result
+        if self.shadow is not None:
+            self.shadow.offer(served, prepared, answer.result)
         self._metrics.stage_seconds["queue"].observe(answer.queue_s)
         scores = answer.result.scores
         self._metrics.detections_per_image.observe(len(scores))
@@ -244,6 +250,8 @@ class Pipeline:
         else:
             self._metrics.images["ok"].inc()
 
-    def close(self) -> None:
-        """Stop the pool; what it holds is dropped."""
+    async def close(self) -> None:
+        """Stop the pool and the shadow; what they hold is dropped."""
+        if self.shadow is not None:
+            await self.shadow.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -21,6 +21,9 @@ from service.scheduler import Run, Scheduler
 
 logger = logging.getLogger(__name__)
 
+DRIFT_MARGIN = 4.0
+"""How much slower than its warm-up a device may get before the queue's own estimate is asked."""
+
 MakeRun = Callable[[LoadedVersion], Run]
 _serials = itertools.count(1)
 
@@ -32,6 +35,8 @@ class ServedVersion:
         self.loaded = loaded
         self._serial = next(_serials)
         self._leases = 0
+        self.slowest_image_s = DRIFT_MARGIN * max(seconds / size for (_, size), seconds in loaded.costs.items())
+        """More than an image takes, decoding left out."""
         self._unused = asyncio.Event()
         self._unused.set()
 
@@ -88,6 +93,7 @@ class Repository:
         self._max_batch_size = max_batch_size
         self._active: dict[str, ServedVersion] = {}
         self._pinned: dict[tuple[str, str], ServedVersion] = {}
+        self._beside: list[ServedVersion] = []
         self._previous: dict[str, str] = {}
         self._tried: dict[tuple[str, str], tuple[int, int]] = {}
         self._loading = asyncio.Lock()
@@ -160,6 +166,12 @@ class Repository:
         fields = {"model": loaded.name, "version": loaded.version, "provider": loaded.provider, "seconds": round(loaded.load_seconds, 3)}
         logger.info("version in service", extra={"fields": fields})
         return served
+
+    async def enter_beside(self, name: str, version: str) -> ServedVersion:
+        """Load a version that no request can ask for: a shadow's candidate."""
+        loaded = await asyncio.to_thread(self._require_loader().load, name, version)
+        self._beside.append(self.enter(loaded, group=name))
+        return self._beside[-1]
 
     async def load(self, name: str, version: str | None = None) -> ServedVersion:
         """Load a version aside (the newest valid one where none is named), then let it answer in place of the active one.
@@ -239,7 +251,7 @@ class Repository:
     async def close(self) -> None:
         """Wait for retirements and close what is left; the scheduler must have stopped."""
         await asyncio.gather(*self._retiring, return_exceptions=True)
-        for served in self.served:
+        for served in [*self.served, *self._beside]:
             await asyncio.to_thread(served.loaded.close)
         self._active.clear()
         self._pinned.clear()

@@ -88,6 +88,11 @@ def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
                 )
             return self.app
 
+        def timeout_keep_alive_handler(self) -> None:
+            """Idle: close. A client that never reads its answer would keep the closing connection for ever, so it is cut after a while."""
+            super().timeout_keep_alive_handler()
+            self.loop.call_later(settings.body_timeout_ms / 1e3, self.transport.abort)
+
         def _start_header_timer(self) -> None:
             self._header_timer = self.loop.call_later(settings.header_timeout_ms / 1e3, self._headers_late)
 

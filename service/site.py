@@ -28,6 +28,9 @@ PAGE_HEADERS = {
     "content-security-policy": CONTENT_SECURITY_POLICY,
     "permissions-policy": "camera=(self), microphone=(), geolocation=()",
     "cache-control": "no-cache",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
 }
 
 

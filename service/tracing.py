@@ -1,0 +1,97 @@
+"""OpenTelemetry spans, where it is installed and configured: by `opentelemetry-instrument`, or by its own OTEL_* variables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.middleware import route_template
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
+SERVICE_NAME = "faster-rcnn-service"
+CONFIGURING_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+logger = logging.getLogger(__name__)
+
+
+def make_tracer() -> Tracer | None:
+    """A tracer, or None where nobody asked for traces. What is asked for and not installed is a warning, for the service works without."""
+    try:
+        from opentelemetry import trace
+    except ImportError:
+        _warn_if_asked("opentelemetry-sdk and opentelemetry-exporter-otlp-proto-http are")
+        return None
+    provider = trace.get_tracer_provider()
+    nobody_set_one_up = isinstance(provider, trace.ProxyTracerProvider)
+    if nobody_set_one_up and not (_asked() and _set_up_provider()):
+        return None
+    return trace.get_tracer(SERVICE_NAME)
+
+
+def _asked() -> bool:
+    return any(os.environ.get(name) for name in CONFIGURING_VARIABLES)
+
+
+def _warn_if_asked(missing: str) -> None:
+    if _asked():
+        logger.warning("traces were asked for by OTEL_* variables, but %s not installed; going on without", missing)
+
+
+def _set_up_provider() -> bool:
+    try:
+        from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # type: ignore[import-not-found]
+        from opentelemetry.sdk.resources import Resource  # type: ignore[import-not-found]
+        from opentelemetry.sdk.trace import TracerProvider  # type: ignore[import-not-found]
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # type: ignore[import-not-found]
+    except ImportError:
+        _warn_if_asked("opentelemetry-sdk or opentelemetry-exporter-otlp-proto-http is")
+        return False
+    provider = TracerProvider(resource=Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", SERVICE_NAME)}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    return True
+
+
+class TracingMiddleware:
+    """One server span a request, continued from the client's traceparent, with what the route noted: model, sizes, stages."""
+
+    def __init__(self, app: ASGIApp, *, tracer: Tracer) -> None:
+        self._app = app
+        self._tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        from opentelemetry import propagate
+        from opentelemetry.trace import SpanKind
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        with self._tracer.start_as_current_span(scope["method"], context=propagate.extract(headers), kind=SpanKind.SERVER) as span:
+
+            async def send_seen(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                await send(message)
+
+            await self._app(scope, receive, send_seen)
+            route = route_template(scope)
+            span.update_name(f"{scope['method']} {route}")
+            span.set_attributes({"http.request.method": scope["method"], "http.route": route, **_flat(scope["context"].fields)})
+
+
+def _flat(fields: dict[str, Any], prefix: str = "detector") -> dict[str, str | int | float]:
+    """{"timing_ms": {"decode": 2.1}} -> {"detector.timing_ms.decode": 2.1}"""
+    flat: dict[str, str | int | float] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}.{name}")
+        elif isinstance(value, str | int | float):
+            flat[f"{prefix}.{name}"] = value
+    return flat

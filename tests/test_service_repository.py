@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+
+import pytest
+from service_fakes import WAIT_S, make_settings, picture, run, running, sample, until
+from service_onnx import write_model
+
+from service.app import create_app
+from service.errors import LoadFailed, ModelNotFound
+from service.loading import NoModel, find_models, parse_reference, require_models
+
+PNG = {"content-type": "image/png"}
+
+
+def app_on(root, **settings):
+    return create_app(make_settings(model_repository=root, provider="cpu", intra_op_threads=1, max_batch_size=2, **settings))
+
+
+async def versions_that_answer(client, **query) -> str:
+    response = await client.post("/v1/detect", content=picture(), headers=PNG, params=query)
+    assert response.status_code == 200, response.text
+    return response.json()["model"]["name"] + "@" + response.json()["model"]["version"]
+
+
+def spoil(path):
+    path.write_bytes(b"no model at all" * 50)
+
+
+def test_only_folders_that_look_like_versions_count(tmp_path):
+    for version in ("2", "10", "1"):
+        write_model(tmp_path, version=version)
+    write_model(tmp_path, name="cells")
+    for other in ("blobs/latest", "blobs/0", "blobs/-1", "Blobs/1", ".git/1", "empty/1"):
+        (tmp_path / other).mkdir(parents=True)
+    (tmp_path / "README.md").write_text("hello")
+    assert find_models(tmp_path) == {"blobs": ["10", "2", "1"], "cells": ["1"]}
+
+
+@pytest.mark.parametrize("text", ["", "../etc", "a/b", "A", "a@", "a@0", "a@x", "a@1@2", "a" * 70, "a@" + "9" * 30])
+def test_references_that_are_none(text):
+    with pytest.raises(ValueError, match="is not `name` or `name@version`"):
+        parse_reference(text)
+
+
+def test_what_to_serve_is_checked_before_anything_loads(tmp_path):
+    with pytest.raises(NoModel, match="python -m export CHECKPOINT"):
+        require_models(tmp_path, ())
+    write_model(tmp_path)
+    assert require_models(tmp_path, ()) == [("blobs", None)]
+    assert require_models(tmp_path, ("blobs@1",)) == [("blobs", "1")]
+    with pytest.raises(NoModel, match="holds blobs@1"):
+        require_models(tmp_path, ("blobs@2",))
+
+
+def test_the_newest_valid_version_serves(tmp_path):
+    write_model(tmp_path, version="1")
+    write_model(tmp_path, version="2")
+    spoil(write_model(tmp_path, version="10"))
+    write_model(tmp_path, version="11", golden_score=0.1)  # answers its golden image differently
+
+    async def scenario():
+        app = app_on(tmp_path)
+        async with running(app) as client:
+            assert await versions_that_answer(client) == "blobs@2"
+            model = (await client.get("/v1/models/blobs")).json()
+            assert model["versions_on_disk"] == ["11", "10", "2", "1"]
+            assert len(model["versions"][0]["sha256"]) == 64
+            labels = {"model": "blobs", "version": "2", "sha256": model["versions"][0]["sha256"], "provider": "cpu"}
+            assert sample(app, "detector_model_info", **labels) == 1
+
+    run(scenario())
+
+
+def test_without_a_valid_version_the_service_says_why_and_wants_to_end(tmp_path):
+    spoil(write_model(tmp_path))
+
+    async def scenario():
+        app = app_on(tmp_path)
+        async with running(app, ready=False) as client:
+            await asyncio.wait_for(app.state.parts.health.ended.wait(), WAIT_S)
+            assert app.state.parts.health.exit_code == 3
+            response = await client.get("/readyz")
+            assert response.status_code == 503
+            assert "cannot open it" in response.json()["detail"]
+            assert (await client.get("/healthz")).status_code == 200
+            refused = await client.post("/v1/detect", content=picture(), headers=PNG)
+            assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+            assert "retry-after" in refused.headers
+
+    run(scenario())
+
+
+def test_two_models_and_a_pinned_version_side_by_side(tmp_path):
+    write_model(tmp_path, version="1", score=0.5)
+    write_model(tmp_path, version="2")
+    write_model(tmp_path, name="cells", class_names=["a", "b", "c"])
+
+    async def scenario():
+        async with running(app_on(tmp_path, model=("blobs", "blobs@1", "cells"))) as client:
+            assert await versions_that_answer(client) == "blobs@2"
+            assert await versions_that_answer(client, model="cells") == "cells@1"
+            assert await versions_that_answer(client, model="blobs@1") == "blobs@1"
+            assert await versions_that_answer(client, model="blobs@2") == "blobs@2"
+            missing = await client.post("/v1/detect?model=blob", content=picture(), headers=PNG)
+            assert (missing.status_code, "did you mean 'blobs'" in missing.json()["detail"]) == (404, True)
+            states = [(v["version"], v["state"]) for v in (await client.get("/v1/models/blobs")).json()["versions"]]
+            assert states == [("2", "active"), ("1", "pinned")]
+
+    run(scenario())
+
+
+def test_load_swaps_and_the_old_version_gives_its_memory_back(tmp_path):
+    write_model(tmp_path, version="1")
+
+    async def scenario():
+        app = app_on(tmp_path)
+        repository = app.state.parts.repository
+        async with running(app) as client:
+            old = repository.resolve(None)
+            write_model(tmp_path, version="2")
+            new = await repository.load("blobs")
+            assert (new.version, await versions_that_answer(client)) == ("2", "blobs@2")
+            await until(lambda: old.loaded.runtimes[0]._session is None)
+            assert sample(app, "detector_reloads_total", outcome="ok") == 1
+            gone = {"model": "blobs", "version": "1", "sha256": old.loaded.sha256, "provider": "cpu"}
+            assert app.state.parts.metrics.registry.get_sample_value("detector_model_info", gone) is None
+
+    run(scenario())
+
+
+def test_in_flight_requests_finish_on_the_old_version(tmp_path):
+    write_model(tmp_path, version="1")
+
+    async def scenario():
+        app = app_on(tmp_path)
+        repository = app.state.parts.repository
+        async with running(app) as client:
+            old, gate, entered = repository.resolve(None), threading.Event(), threading.Event()
+            session_run = old.loaded.runtimes[0].run
+
+            def held(images, sizes_hw):
+                entered.set()
+                assert gate.wait(WAIT_S)
+                return session_run(images, sizes_hw)
+
+            old.loaded.runtimes[0].run = held
+            in_flight = [asyncio.create_task(versions_that_answer(client)) for _ in range(5)]
+            await asyncio.to_thread(entered.wait, WAIT_S)
+            write_model(tmp_path, version="2")
+            await repository.load("blobs")
+            assert old.loaded.runtimes[0]._session is not None
+            gate.set()
+            assert set(await asyncio.gather(*in_flight)) == {"blobs@1"}
+            assert await versions_that_answer(client) == "blobs@2"
+            await until(lambda: old.loaded.runtimes[0]._session is None)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (spoil, "cannot open it"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-500]), "model.onnx"),
+        (lambda path: path.write_bytes(b""), "cannot open it"),
+        (lambda path: write_model(path.parents[2], version="2", golden_score=0.2), "golden image 0"),
+    ],
+)
+def test_a_failing_load_leaves_the_old_version_and_says_why(tmp_path, break_it, words):
+    write_model(tmp_path, version="1")
+
+    async def scenario():
+        app = app_on(tmp_path)
+        async with running(app) as client:
+            break_it(write_model(tmp_path, version="2"))
+            with pytest.raises(LoadFailed, match="blobs@1 still serves") as caught:
+                await app.state.parts.repository.load("blobs", "2")
+            assert words in caught.value.detail
+            assert await versions_that_answer(client) == "blobs@1"
+            assert sample(app, "detector_reloads_total", outcome="failed") == 1
+            # The newest valid one is asked for: 2 is passed over, 1 loads again.
+            assert (await app.state.parts.repository.load("blobs")).version == "1"
+
+    run(scenario())
+
+
+def test_the_served_file_may_be_replaced_or_deleted_under_the_running_service(tmp_path):
+    path = write_model(tmp_path, version="1")
+
+    async def scenario():
+        async with running(app_on(tmp_path)) as client:
+            spoil(path)
+            assert await versions_that_answer(client) == "blobs@1"
+            shutil.rmtree(tmp_path / "blobs")
+            assert await versions_that_answer(client) == "blobs@1"
+
+    run(scenario())
+
+
+def test_rollback_goes_to_what_served_before_or_to_the_next_older(tmp_path):
+    for version in ("1", "2", "3"):
+        write_model(tmp_path, version=version)
+
+    async def scenario():
+        app = app_on(tmp_path)
+        repository = app.state.parts.repository
+        async with running(app) as client:
+            await repository.load("blobs", "1")
+            await repository.load("blobs", "3")
+            assert (await repository.rollback("blobs")).version == "1"
+            with pytest.raises(ModelNotFound, match="no version before it"):
+                await repository.rollback("blobs")
+            await repository.load("blobs", "3")
+            shutil.rmtree(tmp_path / "blobs" / "1")
+            with pytest.raises(ModelNotFound, match="it holds blobs"):
+                await repository.rollback("blobs")
+            assert await versions_that_answer(client) == "blobs@3"
+            await repository.load("blobs", "2")
+            assert await versions_that_answer(client) == "blobs@2"
+
+    run(scenario())
+
+
+def test_watching_takes_new_versions_tries_a_broken_file_once_and_respects_a_rollback(tmp_path):
+    write_model(tmp_path, version="1")
+
+    async def scenario():
+        app = app_on(tmp_path, watch_repository_seconds=0.02)
+        repository = app.state.parts.repository
+        async with running(app) as client:
+            new = write_model(tmp_path / "aside", version="2")
+            half = tmp_path / "blobs" / "2" / "model.onnx"
+            half.parent.mkdir()
+            half.write_bytes(new.read_bytes()[:1000])
+            await until(lambda: sample(app, "detector_reloads_total", outcome="failed") == 1)
+            await asyncio.sleep(0.2)  # many looks later it was not tried again
+            assert sample(app, "detector_reloads_total", outcome="failed") == 1
+            new.replace(half)
+            await until(lambda: repository.resolve(None).version == "2")
+            assert await versions_that_answer(client) == "blobs@2"
+            await repository.rollback("blobs")
+            await asyncio.sleep(0.2)
+            assert await versions_that_answer(client) == "blobs@1"
+            write_model(tmp_path, version="3")
+            await until(lambda: repository.resolve(None).version == "3")
+
+    run(scenario())
+
+
+def test_reloads_under_load_fail_no_request(tmp_path):
+    write_model(tmp_path, version="1", score=0.6)
+    write_model(tmp_path, version="2", score=0.65)
+
+    async def scenario():
+        app = app_on(tmp_path)
+        async with running(app) as client:
+            stop, answers = asyncio.Event(), []
+
+            async def ask():
+                while not stop.is_set():
+                    answers.append(await versions_that_answer(client))
+
+            clients = [asyncio.create_task(ask()) for _ in range(6)]
+            for n in range(20):
+                await app.state.parts.repository.load("blobs", str(1 + n % 2))
+            stop.set()
+            await asyncio.gather(*clients)
+            assert set(answers) == {"blobs@1", "blobs@2"}
+            await until(lambda: len(app.state.parts.scheduler.snapshot().depths) == 3)
+
+    run(scenario())
+
+
+def test_one_session_a_device(tmp_path):
+    write_model(tmp_path)
+
+    async def scenario():
+        app = app_on(tmp_path, device_ids=("0", "1"))
+        async with running(app) as client:
+            runtimes = app.state.parts.repository.resolve(None).loaded.runtimes
+            assert len(runtimes) == 2
+            used = set()
+            for index, runtime in enumerate(runtimes):
+                real = runtime.run
+                barrier_run = lambda images, sizes, real=real, index=index: (used.add(index), barrier.wait(WAIT_S), real(images, sizes))[2]  # noqa: E731
+                runtime.run = barrier_run
+            barrier = threading.Barrier(2)  # passes only when both devices run at once
+            small, large = picture(90, 60), picture(60, 90)
+            await asyncio.gather(*(client.post("/v1/detect", content=data, headers=PNG) for data in (small, large)))
+            assert used == {0, 1}
+
+    run(scenario())
