@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -96,7 +97,7 @@ def _make_parts(settings: Settings, runtime: Runtime | None) -> Parts:
         max_queue_images=settings.max_queue_images,
         max_queue_bytes=settings.max_queue_bytes,
         observer=ServiceObserver(metrics, health),
-        on_device_lost=lambda error: health.fail(f"the device is lost: {error}", EXIT_DEVICE_LOST),
+        on_device_lost=lambda error: _leave_lost_device(metrics, health, error),
     )
     watch_queue(scheduler, metrics)
     loader = None if runtime is not None else _make_loader(settings, devices)
@@ -112,7 +113,12 @@ def _make_parts(settings: Settings, runtime: Runtime | None) -> Parts:
     return Parts(settings, metrics, scheduler, repository, pipeline, health, _keys(settings.api_keys_file), _keys(settings.admin_keys_file))
 
 
-def _keys(path: Any) -> KeyRing | None:
+def _leave_lost_device(metrics: Metrics, health: Health, error: BaseException) -> None:
+    metrics.device_errors["lost"].inc()
+    health.fail(f"the device is lost: {error}", EXIT_DEVICE_LOST)
+
+
+def _keys(path: Path | None) -> KeyRing | None:
     return read_keys(path) if path is not None else None
 
 

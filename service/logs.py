@@ -73,8 +73,8 @@ def set_level(level: str) -> None:
     if level not in LEVELS:
         raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
     logging.getLogger("service").setLevel(level.upper())
-    # The server's own chatter ("Started server process") says nothing that our records do not.
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    # The server's own chatter says nothing that our records do not, and a line for each piece of garbage would let anybody fill the disk.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
 
 def get_level() -> str:

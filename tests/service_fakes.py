@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from service.app import create_app
 from service.manifest import InputSpec, Manifest, Training
-from service.runtime import Detections
+from service.runtime import CostTable, Detections
 from service.settings import Settings
 
 CLASS_NAMES = ["red", "green", "blue"]
@@ -78,6 +79,9 @@ class FakeRuntime:
         time.sleep(self._seconds + self._seconds_per_image * len(images))
         return self.spoil(detect_colours(images, image_sizes_hw), images)
 
+    def nominal_seconds(self, batch_size: int) -> float:
+        return max(0.001, self._seconds + self._seconds_per_image * batch_size)
+
     def close(self) -> None:
         self.closed = True
 
@@ -132,14 +136,21 @@ async def until_ready(app: FastAPI) -> None:
 async def fake_service(
     runtime: FakeRuntime | None = None, **settings: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI, FakeRuntime]]:
-    """A ready service on a fake runtime: client, app, runtime."""
+    """A ready service on a fake runtime: client, app, runtime.
+
+    The costs of its batches are the nominal ones, not measured, so that a busy test machine does not decide which batches pay.
+    """
     runtime = runtime or FakeRuntime()
     app = create_app(make_settings(**settings), runtime=runtime)
-    async with running(app) as client:
-        runtime.batch_sizes.clear()
-        while runtime.entered.acquire(blocking=False):
-            pass
-        yield client, app, runtime
+    with mock.patch("service.loading.warm_up", nominal_costs):
+        async with running(app) as client:
+            yield client, app, runtime
+
+
+def nominal_costs(runtime: FakeRuntime, max_batch_size: int) -> CostTable:
+    """What warm_up would measure on an idle machine."""
+    sizes = [2**n for n in range(max_batch_size.bit_length())]
+    return {(bucket, size): runtime.nominal_seconds(size) for bucket in runtime.manifest.input.buckets for size in sizes}
 
 
 async def until(condition: Callable[[], bool]) -> None:

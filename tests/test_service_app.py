@@ -57,7 +57,7 @@ def test_every_bucket_is_warm_before_ready():
     runtime.before_run = lambda images: shapes.add(images.shape)
 
     async def scenario():
-        async with fake_service(runtime):
+        async with running(create_app(make_settings(), runtime=runtime)):
             assert {shape[1:3] for shape in shapes} == set(runtime.manifest.input.buckets)
             assert {shape[0] for shape in shapes} >= {1, 2}
 
