@@ -35,7 +35,7 @@ The version folder holds model.onnx (manifest and golden images inside), README.
 config.pbtxt (for Triton). It appears in one step after every gate has held; versions are numbered and never overwritten.
 Exit status: 0 published, 1 an error, 2 a gate failed, 130 interrupted; in all but the first case nothing is left behind.
 """
-LOG_WIDTH = 130  # a report that goes to a file is not cut to a terminal's default width
+LOG_WIDTH = 150  # a report that goes to a file is not cut to a terminal's default width
 PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 

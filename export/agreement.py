@@ -5,6 +5,7 @@ N and M detections of the two answers. Everything is numpy, so that any two runt
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,37 +30,67 @@ class Answer:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What a comparison of answers found; added up over pictures with `+`.
+    """What the comparison of two answers to one picture found.
 
     Attributes:
-        matched: pairs of detections with one label that overlap.
-        worst_box_px, worst_score: largest differences over the matched pairs.
-        missed, extra: scores of the reference's and of the other answer's detections without a partner.
-        at_cut: unmatched detections that tie with the last place of a full answer, so that either choice is right.
+        pairs: (row in the reference, row in the other) of detections with one label that overlap.
+        worst_box_px, worst_score: largest differences over the pairs.
+        missed, extra: detections of the reference and of the other answer without a partner, row to score.
+        at_cut: detections without a partner that tie with the last place of a full answer, so that either choice is right.
+        undecided: detections of the reference that rounding alone decides (see `export.stability`).
     """
+
+    pairs: tuple[tuple[int, int], ...] = ()
+    worst_box_px: float = 0.0
+    worst_score: float = 0.0
+    missed: Mapping[int, float] = field(default_factory=dict)
+    extra: Mapping[int, float] = field(default_factory=dict)
+    at_cut: int = 0
+    undecided: int = 0
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Agreements added up over pictures."""
 
     matched: int = 0
     worst_box_px: float = 0.0
     worst_score: float = 0.0
-    missed: tuple[float, ...] = ()
-    extra: tuple[float, ...] = ()
+    missed: int = 0
+    extra: int = 0
+    top_unmatched: float = 0.0
     at_cut: int = 0
-    pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    undecided: int = 0
 
-    def __add__(self, other: Agreement) -> Agreement:
-        return Agreement(
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
             self.matched + other.matched,
             max(self.worst_box_px, other.worst_box_px),
             max(self.worst_score, other.worst_score),
             self.missed + other.missed,
             self.extra + other.extra,
+            max(self.top_unmatched, other.top_unmatched),
             self.at_cut + other.at_cut,
+            self.undecided + other.undecided,
         )
 
-    @property
-    def top_unmatched(self) -> float:
-        """Best score without a partner; 0 where every box has one."""
-        return max(self.missed + self.extra, default=0.0)
+    @staticmethod
+    def of(agreements: Iterable[Agreement]) -> Tally:
+        """The sum."""
+        return sum((_tally(one) for one in agreements), Tally())
+
+
+def _tally(one: Agreement) -> Tally:
+    return Tally(
+        matched=len(one.pairs),
+        worst_box_px=one.worst_box_px,
+        worst_score=one.worst_score,
+        missed=len(one.missed),
+        extra=len(one.extra),
+        top_unmatched=max([*one.missed.values(), *one.extra.values()], default=0.0),
+        at_cut=one.at_cut,
+        undecided=one.undecided,
+    )
 
 
 def answer_of(detections: Detections, index: int) -> Answer:
@@ -92,13 +123,12 @@ def compare(reference: Answer, other: Answer, *, limit: int, min_iou: float = 0.
     missed, cut_a = _alone(reference, rows, other, limit, score_tie)
     extra, cut_b = _alone(other, columns, reference, limit, score_tie)
     return Agreement(
-        matched=len(pairs),
+        pairs=tuple(pairs),
         worst_box_px=float(np.abs(reference.boxes[rows] - other.boxes[columns]).max(initial=0.0)),
         worst_score=float(np.abs(reference.scores[rows] - other.scores[columns]).max(initial=0.0)),
         missed=missed,
         extra=extra,
         at_cut=cut_a + cut_b,
-        pairs=tuple(pairs),
     )
 
 
@@ -115,7 +145,7 @@ def _pair(overlap: Floats, min_iou: float) -> list[tuple[int, int]]:
     return pairs
 
 
-def _alone(answer: Answer, paired: list[int], other: Answer, limit: int, score_tie: float) -> tuple[tuple[float, ...], int]:
-    alone = np.delete(answer.scores, paired)
-    at_cut = (alone <= other.scores[-1] + score_tie) if len(other) == limit else np.zeros(len(alone), bool)
-    return tuple(float(score) for score in alone[~at_cut]), int(at_cut.sum())
+def _alone(answer: Answer, paired: list[int], other: Answer, limit: int, score_tie: float) -> tuple[dict[int, float], int]:
+    alone = {row: float(answer.scores[row]) for row in range(len(answer)) if row not in set(paired)}
+    cut = float(other.scores[-1]) + score_tie if len(other) == limit else -1.0
+    return {row: score for row, score in alone.items() if score > cut}, sum(score <= cut for score in alone.values())

@@ -194,5 +194,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | str |
         if isinstance(value, Mapping):
             result |= flat(value, f"{prefix}{key}/")
         elif isinstance(value, int | float | str) or value is None:
-            result[f"{prefix}{key}"] = None if isinstance(value, float) and value != value else value
+            number = float(value) if isinstance(value, int | float) else value
+            result[f"{prefix}{key}"] = None if number != number else number
     return result

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from export.verify import CaseResult, Report
 
-COLUMNS = ("case", "bucket", "batch", "detections", "matched", "missed", "extra", "box px", "score", "top alone")
+COLUMNS = ("case", "bucket", "batch", "detections", "matched", "missed", "extra", "box px", "score", "top alone", "undecided")
 
 
 def table(report: Report) -> Table:
@@ -40,27 +40,30 @@ def markdown(report: Report) -> str:
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in report.rows]
     lines.append("| " + " | ".join(f"**{cell}**" if cell else "" for cell in _total(report)) + " |")
+    lines += [
+        "",
+        "Undecided: detections that rounding alone decides, shown by eager PyTorch with its weights changed in their last digits.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: CaseResult) -> list[str]:
-    found = row.agreement
+    tally = row.tally
     return [
         row.name,
         f"{row.bucket[0]}x{row.bucket[1]}",
         str(row.batch_size),
         str(row.detections),
-        str(found.matched),
-        str(len(found.missed)),
-        str(len(found.extra)),
-        f"{found.worst_box_px:.1e}",
-        f"{found.worst_score:.1e}",
-        f"{found.top_unmatched:.3f}" if found.missed or found.extra else "-",
+        str(tally.matched),
+        str(tally.missed),
+        str(tally.extra),
+        f"{tally.worst_box_px:.1e}",
+        f"{tally.worst_score:.1e}",
+        f"{tally.top_unmatched:.3f}" if tally.missed or tally.extra else "-",
+        str(tally.undecided or "-"),
     ]
 
 
 def _total(report: Report) -> list[str]:
-    all_rows = report.total
     count, pictures = sum(row.detections for row in report.rows), sum(row.batch_size for row in report.rows)
-    whole = CaseResult("all", (0, 0), pictures, count, all_rows)
-    return ["all", "", *_cells(whole)[2:]]
+    return ["all", "", *_cells(CaseResult("all", (0, 0), pictures, count, report.total))[2:]]

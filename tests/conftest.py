@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tiny_detector import Exported
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,3 +21,11 @@ def detection_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; set DETECTION_DATA to the folder that holds bccd/, coco128/, ...")
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A published version of the tiny detector; one export serves all tests."""
+    from tiny_detector import export_tiny  # torch, only for the tests that need it
+
+    return export_tiny(tmp_path_factory.mktemp("exported"))

@@ -1,0 +1,74 @@
+"""Which detections rounding alone decides: a tie in a ranking, an overlap exactly at a threshold.
+
+Two correct runtimes may answer such a case differently, and so does PyTorch itself once its weights change in the last digits. Only
+what survives that change is a fair reference. N detections of a picture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.agreement import Agreement, Answer, compare, pairwise_iou
+from model.faster_rcnn import FasterRCNN
+
+SHARE = 0.02
+"""Of the weights, this many move to a neighbouring float: it changes answers about as much as another runtime does."""
+ROUNDS = 8
+BESIDE_IOU = 0.3
+"""An extra box that overlaps an undecided one this much stands in its place."""
+
+
+def shaken(detector: FasterRCNN, seed: int) -> FasterRCNN:
+    """A copy whose weights differ in their last digits."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(detector)
+    with torch.no_grad():
+        for weight in other.parameters():
+            draw = torch.rand(weight.shape, generator=generator)
+            towards = torch.where(draw < SHARE / 2, -torch.inf, torch.where(draw < SHARE, torch.inf, weight))
+            weight.copy_(torch.nextafter(weight, towards))
+    return other
+
+
+def judge(reference: Answer, answer: Answer, rivals: Sequence[Answer], *, limit: int, box_px: float, score: float) -> Agreement:
+    """Compare as `compare` does, with every difference set aside that the rivals show as well.
+
+    Args:
+        rivals: answers of shaken copies to the same picture.
+        box_px, score: differences from which a pair is no longer the same answer.
+    """
+    found = compare(reference, answer, limit=limit)
+    stable: NDArray[np.bool_] = np.ones(len(reference), bool)
+    seen: NDArray[np.bool_] = np.zeros(len(answer), bool)
+    for rival in rivals:
+        stable = stable & _survives(reference, rival, limit, box_px, score)
+        seen = seen | _survives(answer, rival, limit, box_px, score)
+    if stable.all():
+        return found
+    beside = pairwise_iou(answer.boxes, reference.boxes[~stable]).max(axis=1, initial=0.0) > BESIDE_IOU
+    excused = set(np.flatnonzero(seen | beside).tolist())
+    fair = [(row, column) for row, column in found.pairs if stable[row]]
+    rows, columns = [row for row, _ in fair], [column for _, column in fair]
+    return replace(
+        found,
+        worst_box_px=float(np.abs(reference.boxes[rows] - answer.boxes[columns]).max(initial=0.0)),
+        worst_score=float(np.abs(reference.scores[rows] - answer.scores[columns]).max(initial=0.0)),
+        missed={row: value for row, value in found.missed.items() if stable[row]},
+        extra={row: value for row, value in found.extra.items() if row not in excused},
+        undecided=int((~stable).sum()),
+    )
+
+
+def _survives(answer: Answer, rival: Answer, limit: int, box_px: float, score: float) -> NDArray[np.bool_]:
+    """Bool [N]: which detections of `answer` the rival gives as well, within the tolerances."""
+    same = np.zeros(len(answer), bool)
+    for row, column in compare(answer, rival, limit=limit).pairs:
+        moved = np.abs(answer.boxes[row] - rival.boxes[column]).max()
+        same[row] = moved <= box_px and abs(answer.scores[row] - rival.scores[column]) <= score
+    return same

@@ -1,0 +1,156 @@
+"""One export from checkpoint to version folder, and every way in which nothing may be left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from rich.console import Console
+from tiny_detector import BUCKETS, CLASS_NAMES, Exported, save_tiny
+
+from export.__main__ import main
+from export.job import GateFailed, Job, export, flat
+from export.version import VersionExistsError
+from service.manifest import parse_manifest
+from service.runtime import OnnxRuntime
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def left_behind(repository: Path) -> list[str]:
+    return sorted(str(path.relative_to(repository)) for path in repository.rglob("*")) if repository.exists() else []
+
+
+def test_version_folder_is_whole(exported: Exported) -> None:
+    assert sorted(path.name for path in exported.folder.iterdir()) == ["README.md", "config.pbtxt", "model.onnx", "parity.md"]
+    assert [path.name for path in exported.folder.parent.parent.iterdir()] == ["tiny"]  # no scratch folder
+    assert exported.folder.name == "1"
+    assert exported.folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_manifest_says_what_the_checkpoint_says(exported: Exported) -> None:
+    manifest = OnnxRuntime(exported.file, provider="cpu").manifest
+    assert manifest.class_names == list(CLASS_NAMES)
+    assert manifest.input.buckets == list(BUCKETS)
+    assert (manifest.name, manifest.version, manifest.nms, manifest.opset) == ("tiny", "1", "onnx", 18)
+    assert (manifest.score_floor, manifest.detections_per_image) == (0.05, 100)
+    assert manifest.training.dataset == "drawn pictures"
+    assert manifest.training.metrics["coco/AP50"] == 0.8
+    assert manifest.training.metrics["per_class/platelet/AP"] is None
+    assert manifest.parity["passed"] is True
+    assert manifest.parity["max_box_px"] <= 1e-3
+    assert manifest.parity["detections"] > 1000
+    assert len(manifest.golden) == 2
+
+
+def test_metadata_is_strict_json(exported: Exported) -> None:
+    properties = {entry.key: entry.value for entry in onnx.load(exported.file).metadata_props}
+    assert parse_manifest(properties, "file").name == "tiny"
+    json.loads(properties["manifest"], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_log_tells_differences_and_digest(exported: Exported) -> None:
+    assert "batch against singles" in exported.log
+    assert "sha256" in exported.log
+    assert "published" in exported.log
+
+
+def test_a_wrong_weight_is_found_and_leaves_nothing(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(exported.file)
+    biases = [tensor for tensor in model.graph.initializer if tensor.name == "head.cls_score.bias"]
+    assert len(biases) == 1
+    values = numpy_helper.to_array(biases[0]).copy()
+    values[1] += 0.01
+    biases[0].CopyFrom(numpy_helper.from_array(values, biases[0].name))
+    monkeypatch.setattr("export.job.build_graph", lambda _detector, _options: model)
+    with pytest.raises(GateFailed, match="a score moved by"):
+        export(Job(checkpoint=exported.checkpoint, name="tiny", repository=tmp_path / "models"), quiet())
+    assert left_behind(tmp_path / "models") == []
+
+
+def test_gate_failure_exits_with_two(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(exported.file)
+    for tensor in model.graph.initializer:
+        if tensor.name == "head.bbox_pred.bias":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(0.1), tensor.name))
+    monkeypatch.setattr("export.job.build_graph", lambda _detector, _options: model)
+    assert main([str(exported.checkpoint), "--name", "tiny", "--repository", str(tmp_path / "models")]) == 2
+    assert "nothing was published" in capsys.readouterr().err
+    assert left_behind(tmp_path / "models") == []
+
+
+def test_interrupt_leaves_nothing(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        assert len(left_behind(tmp_path / "models")) == 1  # the scratch folder is there at this moment
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.job.build_graph", interrupted)
+    assert main([str(exported.checkpoint), "--name", "tiny", "--repository", str(tmp_path / "models")]) == 130
+    assert left_behind(tmp_path / "models") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_real_process_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    checkpoint, repository = save_tiny(tmp_path / "best.pt"), tmp_path / "models"
+    command = [sys.executable, "-m", "export", str(checkpoint), "--name", "tiny", "--repository", str(repository)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        while not left_behind(repository) and process.poll() is None:
+            time.sleep(0.05)  # until the scratch folder shows that the job is under way
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+    assert left_behind(repository) == []
+
+
+def test_existing_version_is_never_overwritten(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = exported.folder.parent.parent
+    before = exported.file.stat()
+    with pytest.raises(VersionExistsError, match="get 2"):
+        export(Job(checkpoint=exported.checkpoint, name="tiny", repository=repository, version=1), quiet())
+    assert main([str(exported.checkpoint), "--name", "tiny", "--repository", str(repository), "--version", "1"]) == 1
+    assert "never overwritten" in capsys.readouterr().err
+    assert exported.file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_missing_checkpoint_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.pt"), "--name", "tiny", "--repository", str(tmp_path / "models")]) == 1
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert left_behind(tmp_path / "models") == []
+
+
+def test_bad_name_is_refused_before_any_work(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(exported.checkpoint), "--name", "../evil", "--repository", str(tmp_path / "models")]) == 1
+    assert "name" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "--nms" in text
+
+
+def test_flat_joins_keys_and_drops_nan() -> None:
+    assert flat({"a": {"b": 1, "c": float("nan")}, "d": None, "e": "x"}) == {"a/b": 1.0, "a/c": None, "d": None, "e": "x"}
