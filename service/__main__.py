@@ -1,4 +1,4 @@
-"""`python -m service`: start the service. `python -m service key NAME`: make an API key."""
+"""`python -m service`: start the service. `detect PICTURE...`: the same on files. `key NAME`: make an API key."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from service import __version__, logs
+from service import __version__, command, logs
 from service.app import create_app, create_operations_app
 from service.auth import KeyFileError, make_key
+from service.errors import DetectorError
 from service.health import EXIT_NO_MODEL
 from service.loading import NoModel, require_models
 from service.runtime import ProviderMissing, provider_candidates
@@ -34,10 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings(**overrides)
         provider_candidates(settings.provider)
         require_models(settings.model_repository, settings.model)
+        if given.command == "detect":
+            logs.configure_logs("warning", "text")
+            return command.detect(given, create_app(settings))
         return run(settings)
     except NoModel as error:
         return _complain(error, EXIT_NO_MODEL)
-    except (SettingsError, KeyFileError, ProviderMissing, PortTaken, ValueError) as error:
+    except (SettingsError, KeyFileError, ProviderMissing, PortTaken, DetectorError, ValueError) as error:
         return _complain(error, EXIT_USAGE)
 
 
@@ -83,6 +87,8 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-repository", help="instead of DETECTOR_MODEL_REPOSITORY")
     parser.add_argument("--provider", help="instead of DETECTOR_PROVIDER: auto, cuda, tensorrt or cpu")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    detect = commands.add_parser("detect", help="detect on files, without a server")
+    command.add_arguments(detect)
     key = commands.add_parser("key", help="make an API key: prints the key, and the line for the key file")
     key.add_argument("name", help="who will hold it")
     return parser

@@ -24,6 +24,7 @@ class Health:
         self.draining = False
         self.ended = asyncio.Event()
         """Set when the process should stop: it failed for good."""
+        self._settled = asyncio.Event()
         self._loaded = False
         self._failure: str | None = None
         self._canary_seconds = canary_seconds
@@ -37,6 +38,11 @@ class Health:
         self._loaded = True
         self._run_canary = run_canary
         self.saw_inference()
+        self._settled.set()
+
+    async def settled(self) -> None:
+        """Wait until the service is loaded or has failed."""
+        await self._settled.wait()
 
     def saw_inference(self) -> None:
         """A device answered just now. May be called on any thread."""
@@ -48,6 +54,7 @@ class Health:
             self._failure, self.exit_code = reason, exit_code
             logger.critical("unready and leaving: %s", reason, extra={"fields": {"exit_code": exit_code}})
         self.ended.set()
+        self._settled.set()
 
     @property
     def failure(self) -> str | None:

@@ -102,11 +102,9 @@ class Pipeline:
         room = self._images < self._max_images and self._nbytes < self._max_bytes
         if room and self._images * served.slowest_image_s < deadline - self._clock():
             return  # in time even if each image of the house ran alone: no need for an estimate
+        if not room:
+            raise self._full(served)
         wait_s = self._estimate_s(served)
-        if self._images >= self._max_images or self._nbytes >= self._max_bytes:
-            raise QueueFull(
-                f"{self._images} images are being answered, which takes {wait_s:.2f} s; try again after that", retry_after_s=wait_s
-            )
         allowed_s = deadline - self._clock()
         if wait_s > allowed_s:
             raise WouldMissDeadline(
@@ -114,6 +112,12 @@ class Pipeline:
                 "try again later or allow more",
                 retry_after_s=wait_s - allowed_s,
             )
+
+    def _full(self, served: ServedVersion) -> QueueFull:
+        wait_s = self._estimate_s(served)
+        return QueueFull(
+            f"{self._images} images are being answered, which takes {wait_s:.2f} s; try again after that", retry_after_s=wait_s
+        )
 
     def _estimate_s(self, served: ServedVersion) -> float:
         """Seconds until an image that comes now would be answered: the pool's backlog, or the devices' and what the pool brings."""
@@ -162,13 +166,13 @@ class Pipeline:
         Raises:
             DetectorError: one of its subclasses, for this image alone.
         """
-        with served.lease(), self._counted(), self._admitted():
+        with served.lease(), self._counted(), self._admitted(served):
             prepared, decode_s = await self._decode(data, served, deadline)
             return await self._infer(prepared, served, deadline, priority, decode_s)
 
     async def infer(self, prepared: Prepared, served: ServedVersion, *, deadline: float, priority: PriorityName = "high") -> Result:
         """The same for a picture that is already in the input frame. Raises DetectorError."""
-        with served.lease(), self._counted(), self._admitted():
+        with served.lease(), self._counted(), self._admitted(served):
             return await self._infer(prepared, served, deadline, priority, 0.0)
 
     async def probe(self, prepared: Prepared, served: ServedVersion) -> None:
@@ -224,9 +228,9 @@ class Pipeline:
         return prepared, seconds
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def _admitted(self, served: ServedVersion) -> Iterator[None]:
         if self._images >= self._max_images:
-            raise QueueFull(f"{self._images} images are being answered and {self._max_images} may be; try again", retry_after_s=1.0)
+            raise self._full(served)
         self._images += 1
         try:
             yield
