@@ -21,11 +21,16 @@ export class ServiceError extends Error {
   }
 }
 
+/** Details may come without capital and full stop; people read them as sentences. */
+function asSentence(text) {
+  return text.replace(/^[a-z]/, (letter) => letter.toUpperCase()).replace(/[^.!?]$/, "$&.");
+}
+
 /** Without a body of problem+json (a proxy's page, say) the status is all there is. */
 async function errorFrom(response) {
   const problem = await response.json().catch(() => ({}));
   const retryAfter = Number.parseFloat(response.headers.get("Retry-After") ?? "");
-  return new ServiceError(problem.detail || problem.title || `The service answered ${response.status} ${response.statusText}.`, {
+  return new ServiceError(asSentence(problem.detail || problem.title || `The service answered ${response.status} ${response.statusText}`), {
     status: response.status,
     code: problem.code ?? "",
     retryAfterS: Number.isFinite(retryAfter) ? retryAfter : null,

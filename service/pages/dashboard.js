@@ -134,6 +134,7 @@ function showTiles(point) {
   const minute = history.window(MINUTE_S);
   const longest = history.window(SPAN_S);
   const lost = outcomes(minute);
+  const inflight = history.gauge("detector_inflight_requests");
   const perSecond = (count) => (minute.seconds > 0 ? `${decimal(count / minute.seconds)} /s` : dash);
   const texts = {
     fps: decimal(point.fps),
@@ -145,7 +146,7 @@ function showTiles(point) {
     p95: quantileMs(history.window(NOW_S).quantile(0.95, LATENCY, ANSWERED)),
     p50: `${quantileMs(minute.quantile(0.5, LATENCY, ANSWERED))} ms`,
     p99: `${quantileMs(minute.quantile(0.99, LATENCY, ANSWERED))} ms`,
-    inflight: history.gauge("detector_inflight_requests") ?? dash,
+    inflight: inflight === null ? dash : Math.max(0, inflight - 1), // less the scrape itself
     depth: point.depth ?? dash,
     oldest: span(history.gauge("detector_queue_oldest_age_seconds")),
     "queue-p95": `${quantileMs(minute.quantile(0.95, STAGE, { stage: "queue" }))} ms`,
@@ -240,7 +241,7 @@ function tell(sentence) {
 function showAge() {
   if (lastSeen === null) return;
   const age = Math.round(seconds() - lastSeen.at);
-  $("seen").textContent = down ? `Last seen ${lastSeen.clock}, ${span(age)} ago` : age < 3 ? "Live" : `Live, ${age} s ago`;
+  $("seen").textContent = down ? `Last seen ${lastSeen.clock}, ${age < 120 ? `${age} s` : longSpan(age)} ago` : age < 3 ? "Live" : `Live, ${age} s ago`;
 }
 
 function setDown(is, sentence = "") {

@@ -113,6 +113,24 @@ async function detectPatiently(blob, signal) {
   }
 }
 
+function showPicture(bitmap, frame) {
+  $("welcome").hidden = true;
+  $("toolbar").hidden = false;
+  stage.showPicture(bitmap, frame);
+}
+
+function showNoAnswer() {
+  results.clear("No answer");
+  for (const id of ["timing", "snippet"]) $(id).hidden = true; // they tell of the picture before
+}
+
+/** What came is no picture that can be shown; without this the one before it would stay, under a message about another. */
+function showWelcome() {
+  stage.hide();
+  $("toolbar").hidden = true;
+  $("welcome").hidden = false;
+}
+
 function showAnswer({ answer, roundTripMs }) {
   shown.answer = answer;
   results.show(answer.detections);
@@ -125,8 +143,6 @@ async function run(blob, name) {
   running = new AbortController();
   const { signal } = running;
   Object.assign(shown, { blob, name, answer: null });
-  $("welcome").hidden = true;
-  $("toolbar").hidden = false;
   $("notice-place").replaceChildren();
   results.clear("Looking …");
   stage.clear();
@@ -135,14 +151,16 @@ async function run(blob, name) {
     const asked = detectPatiently(blob, signal);
     asked.catch(() => {}); // reported below, also when the picture fails to show first
     const bitmap = await decodeUpright(blob);
-    if (bitmap && !signal.aborted) stage.showPicture(bitmap);
+    if (signal.aborted) return;
+    if (bitmap) showPicture(bitmap);
+    else showWelcome();
     const got = await asked;
-    if (!bitmap) stage.showPicture(null, got.answer.image);
+    if (!bitmap) showPicture(null, got.answer.image);
     showAnswer(got);
     bitmap?.close();
     if (!bitmap) tell("This browser cannot show pictures of this type; the boxes are drawn on an empty sheet.", { kind: "wait" });
   } catch (error) {
-    if (!signal.aborted) results.clear("No answer");
+    if (!signal.aborted) showNoAnswer();
     showError(error);
   } finally {
     if (running.signal === signal) busy(false);
@@ -180,7 +198,7 @@ async function cameraFrame(opened, signal) {
   const got = await detectPatiently(blob, signal);
   if (camera !== opened) return;
   const bitmap = await decodeUpright(blob);
-  stage.showPicture(bitmap);
+  showPicture(bitmap);
   bitmap.close();
   Object.assign(shown, { blob, name: "camera.jpg" });
   showAnswer(got);
@@ -194,8 +212,6 @@ async function startCamera() {
   $("notice-place").replaceChildren();
   try {
     await opened.open();
-    $("welcome").hidden = true;
-    $("toolbar").hidden = false;
     $("camera-button").textContent = "Freeze";
     $("camera-button").setAttribute("aria-pressed", "true");
     while (camera === opened) await cameraFrame(opened, running.signal);

@@ -51,6 +51,11 @@ export class Stage {
     frame.style.maxWidth = `${width * ENLARGE}px`;
   }
 
+  hide() {
+    this.#elements.frame.hidden = true;
+    this.clear();
+  }
+
   clear() {
     this.#elements.boxes.replaceChildren();
     this.#visible = [];
