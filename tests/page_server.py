@@ -61,7 +61,7 @@ class KnownRuntime(FakeRuntime):
     def __init__(self, *, name: str = "blood-cells", version: str = "1", known: Sequence[Known] = KNOWN) -> None:
         super().__init__(make_manifest(name=name, version=version, class_names=CLASS_NAMES, detections_per_image=DETECTIONS_PER_IMAGE))
         self._known = known
-        self.provider = "CPUExecutionProvider"
+        self.provider = "cpu"
 
     def run(self, images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64]) -> Detections:
         super().run(images, image_sizes_hw)  # the gate and the counting

@@ -1,6 +1,6 @@
 // The operations page: reads /metrics every two seconds and shows what changed. It knows only what it has seen since it was opened.
 
-import { eventsBetween } from "./events.js";
+import { eventsBetween, providerName } from "./events.js";
 import { History, parseMetrics } from "./prometheus.js";
 import { Sparkline } from "./sparkline.js";
 
@@ -203,7 +203,7 @@ function showModels() {
   $("models").replaceChildren(
     ...models.map(({ labels }) => {
       const print = Object.assign(document.createElement("code"), { textContent: labels.sha256.slice(0, 12), title: labels.sha256 });
-      return row([labels.model], [labels.version], [labels.provider.replace("ExecutionProvider", "")], [print]);
+      return row([labels.model], [labels.version], [providerName(labels.provider)], [print]);
     }),
   );
   const started = history.gauge("process_start_time_seconds");

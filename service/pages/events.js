@@ -1,5 +1,12 @@
 // What happened between two scrapes, as sentences.
 
+const PROVIDERS = { cpu: "CPU", cuda: "CUDA", tensorrt: "TensorRT" };
+
+/** What a model runs on, as people write it. */
+export function providerName(provider) {
+  return PROVIDERS[provider] ?? provider;
+}
+
 function versions(series) {
   const found = new Map();
   for (const { name, labels, value } of series.values()) {
@@ -25,7 +32,7 @@ export function eventsBetween(before, after) {
   const started = [one(before, "process_start_time_seconds"), one(after, "process_start_time_seconds")];
   if (started[0] !== null && started[1] !== null && started[0] !== started[1]) events.push("The service was restarted.");
   const [old, now] = [versions(before), versions(after)];
-  for (const [name, { provider }] of now) if (!old.has(name)) events.push(`${name} went into service on ${provider.replace("ExecutionProvider", "")}.`);
+  for (const [name, { provider }] of now) if (!old.has(name)) events.push(`${name} went into service on ${providerName(provider)}.`);
   for (const name of old.keys()) if (!now.has(name)) events.push(`${name} left service.`);
   const failed = (series) => total(series, "detector_reloads_total", "outcome", "failed");
   if (failed(after) > failed(before)) events.push("A new version failed to load; the old one stays in service.");
