@@ -155,8 +155,8 @@ BATCH: dict[str, Any] = {
         "requestBody": {
             "required": True,
             "content": {
-                "multipart/form-data": _fields("images", {"type": "array", "items": _FILE}),
-                "application/json": _fields("images", {"type": "array", "items": _BASE64}),
+                "multipart/form-data": _fields("images", {"type": "array", "items": _FILE, "minItems": 1}),
+                "application/json": _fields("images", {"type": "array", "items": _BASE64, "minItems": 1}),
             },
         },
     },

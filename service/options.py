@@ -34,7 +34,7 @@ class DetectOptions(BaseModel):
     format: Literal["json", "image"] = Field(
         "json", description="`image` answers with the picture and its boxes drawn, as JPEG, PNG or WebP by Accept."
     )
-    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = Field(
+    model: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | None = Field(
         None, description="`name`, or `name@version` for one version; the service's first model where left out."
     )
     timeout_ms: Annotated[int, Field(ge=1, le=600_000)] | None = Field(

@@ -40,6 +40,14 @@ DEVICE_LOST_WORDS = (
     "cudnn_status_execution_failed",
 )
 
+WORTHWHILE = 0.95
+"""A larger batch must cost less than this share of the best time an image so far."""
+TIMED_RUNS = 3
+LONG_RUN_S = 0.1
+"""A run that takes longer is timed once: noise matters less, and the start should not take minutes."""
+LONGEST_RUN_S = 1.0
+"""No larger batch is tried after one that took longer: nobody wants to wait for it."""
+
 CostTable = dict[tuple[Bucket, int], float]
 """Seconds of one inference by (bucket, batch size)."""
 
@@ -278,22 +286,18 @@ def file_sha256(path: Path) -> str:
 def warm_up(runtime: Runtime, max_batch_size: int) -> CostTable:
     """Run every bucket at batch sizes 1, 2, 4, ... and time it: the first run pays for allocation and algorithm search.
 
-    A bucket's sizes end early where two doublings in a row brought nothing an image (a CPU), so larger batches would only add latency.
+    A bucket's sizes end where a doubling brought nothing an image (a CPU): larger batches would only add latency, and minutes to the start.
     """
     table: CostTable = {}
     for bucket in runtime.manifest.input.buckets:
-        best, fruitless, size = float("inf"), 0, 1
-        while size <= max_batch_size and fruitless < 2:
+        best, size = float("inf"), 1
+        while size <= max_batch_size:
             table[bucket, size] = _time_one(runtime, bucket, size)
             per_image = table[bucket, size] / size
-            fruitless = fruitless + 1 if per_image > WORTHWHILE * best else 0
-            best = min(best, per_image)
-            size *= 2
+            if per_image > WORTHWHILE * best or table[bucket, size] > LONGEST_RUN_S:
+                break
+            best, size = per_image, 2 * size
     return table
-
-
-WORTHWHILE = 0.95
-"""A larger batch must cost less than this share of the best time an image so far."""
 
 
 def _time_one(runtime: Runtime, bucket: Bucket, batch_size: int) -> float:
@@ -301,8 +305,8 @@ def _time_one(runtime: Runtime, bucket: Bucket, batch_size: int) -> float:
     images = np.full((batch_size, height, width, 3), 114, np.uint8)
     sizes_hw = np.tile(np.array([[height, width]], np.int64), (batch_size, 1))
     runtime.run(images, sizes_hw)
-    times = []
-    for _ in range(2):
+    times: list[float] = []
+    while not times or (len(times) < TIMED_RUNS and times[0] < LONG_RUN_S):
         started = time.perf_counter()
         runtime.run(images, sizes_hw)
         times.append(time.perf_counter() - started)

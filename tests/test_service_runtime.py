@@ -141,7 +141,7 @@ def test_warm_up_times_every_bucket_and_stops_where_batches_bring_nothing():
     linear = FakeRuntime(seconds_per_image=0.004)
     table = warm_up(linear, 16)
     assert {bucket for bucket, _ in table} == set(linear.manifest.input.buckets)
-    assert max(size for _, size in table) <= 8
+    assert max(size for _, size in table) <= 4
     assert all(seconds > 0 for seconds in table.values())
 
 

@@ -180,6 +180,24 @@ def test_raw_nonsense_gets_a_client_error(shared, data, status):
     assert httpx.get(shared.url + "/healthz").status_code == 200
 
 
+def test_pipelined_requests_are_answered_in_order(shared):
+    bodies = [picture(90, 60, colour) for colour in ((220, 30, 30), (30, 220, 30), (30, 30, 220))]
+    head = b"POST /v1/detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    answer = exchange(shared, b"".join(head % len(body) + body for body in bodies) + last)
+    assert answer.count(b"HTTP/1.1 200 OK") == 4
+    assert re.findall(rb'"class":"(\w+)"', answer) == [b"red", b"green", b"blue"]
+
+
+def test_a_half_closed_client_harms_nobody(shared):
+    with shared.connect() as connection:
+        connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 100\r\n\r\nabc")
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass
+    assert httpx.get(shared.url + "/healthz").status_code == 200
+
+
 def test_an_endless_chunked_body_is_cut_at_the_limit(tmp_path):
     write_model(tmp_path)
     with service(tmp_path, max_upload_bytes=100_000) as process:
