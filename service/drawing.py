@@ -95,7 +95,7 @@ def negotiate(accept: str | None) -> str:
 
     A type named beats a wildcard of the same weight. What accepts none of the three gets JPEG too: the request asked for a picture.
     """
-    best, best_rank = DEFAULT_TYPE, (0.0, 0)
+    best, best_rank = DEFAULT_TYPE, (0.0, 1)
     for entry in (accept or "").split(","):
         kind, _, parameters = entry.strip().lower().partition(";")
         kind = kind.strip()
