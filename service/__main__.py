@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -16,12 +14,10 @@ from service.errors import DetectorError
 from service.health import EXIT_NO_MODEL
 from service.loading import NoModel, require_models
 from service.runtime import ProviderMissing, provider_candidates
-from service.server import make_server, serve
+from service.server import PortTaken, make_server, serve
 from service.settings import Settings, SettingsError, describe_settings, load_settings
 
 EXIT_USAGE = 2
-
-logger = logging.getLogger("service")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,33 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, EXIT_USAGE)
 
 
-class PortTaken(RuntimeError):
-    """Somebody else listens there."""
-
-
 def run(settings: Settings) -> int:
     """Serve until told to stop. Returns the exit code."""
-    for port in filter(None, (settings.port, settings.operations_port)):
-        _check_port(settings.host, port)
     logs.configure_logs(settings.log_level, settings.log_format)
     app = create_app(settings)
     operations = create_operations_app(app.state.parts) if settings.operations_port is not None else None
     server = make_server(app, settings, operations=operations)
-    logger.info("starting", extra={"fields": {"version": __version__, "host": settings.host, "port": settings.port}})
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(serve(server))
     return server.exit_code
-
-
-def _check_port(host: str, port: int) -> None:
-    """Say it now in one sentence, not after the models are loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port or DETECTOR_PORT") from error
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -202,7 +202,7 @@ async def _load_models(parts: Parts, runtime: Runtime | None) -> None:
     if settings.shadow is not None and runtime is None:
         await _start_shadow(parts, settings.shadow)
     parts.health.loaded(make_canary(parts.repository, parts.pipeline))
-    logger.info("ready", extra={"fields": {"models": [served.reference for served in parts.repository.served]}})
+    logger.info("ready", extra={"fields": {"version": __version__, "models": [served.reference for served in parts.repository.served]}})
 
 
 async def _start_shadow(parts: Parts, wanted: str) -> None:

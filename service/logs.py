@@ -55,7 +55,8 @@ def _context() -> dict[str, str]:
 def configure_logs(level: str, log_format: str) -> None:
     """Send the service's and the server's records to stderr. Called once by the process, never by create_app."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    for_people = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    handler.setFormatter(TextFormatter() if for_people else JsonFormatter())
     for name in ROOT_LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import socket
 from types import FrameType
 from typing import Any
 
@@ -18,7 +19,7 @@ import orjson
 import uvicorn
 from fastapi import FastAPI
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import DetectorError, HeadersTooLarge, MalformedRequest, NotReady, SlowBody
 from service.health import Health
@@ -27,6 +28,8 @@ from service.settings import Settings
 
 FINISH_GRACE_S = 5.0
 """Beyond the longest request, before what is still open is cut."""
+BACKLOG = 2048
+"""Connections that the kernel keeps while the loop is busy."""
 FAILURE_GRACE_S = 2.0
 """After a failure for good: time for the answers that say so."""
 
@@ -69,6 +72,16 @@ def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
         def on_message_complete(self) -> None:
             self._in_headers, self._header_bytes = True, 0
             super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            """An answer may come before its request's body has: what still comes is read and dropped, but not for ever."""
+            super().on_response_complete()
+            if self.cycle.response_complete and not self._in_headers:
+                self.loop.call_later(settings.body_timeout_ms / 1e3, self._cut_unread_body, self.cycle)
+
+        def _cut_unread_body(self, cycle: RequestResponseCycle) -> None:
+            if self.cycle is cycle and not self._in_headers:
+                self.transport.abort()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(
@@ -134,11 +147,12 @@ def _refusing(error: DetectorError) -> Response:
 class Server(uvicorn.Server):
     """uvicorn with our order of leaving. `exit_code` is 0, or what health failed with."""
 
-    def __init__(self, config: uvicorn.Config, health: Health, *, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, health: Health, *, drain_seconds: float) -> None:
         super().__init__(config)
+        self.listener = listener
+        self.companion: _CompanionServer | None = None
         self._health = health
         self._drain_seconds = drain_seconds
-        self.companion: uvicorn.Server | None = None
 
     @property
     def exit_code(self) -> int:
@@ -180,24 +194,46 @@ class Server(uvicorn.Server):
 class _CompanionServer(uvicorn.Server):
     """The server of the operations port: it lives and ends with the main one."""
 
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.listener = listener
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signals belong to the main server."""
 
 
 def make_server(app: FastAPI, settings: Settings, *, operations: FastAPI | None = None) -> Server:
-    """A server for the app, and its companion on the operations port where there is one."""
+    """A server for the app, and its companion on the operations port where there is one, both listening.
+
+    Raises:
+        PortTaken: before anything is loaded.
+    """
     health: Health = app.state.parts.health
-    server = Server(_config(app, settings, settings.port), health, drain_seconds=settings.drain_seconds)
+    listener = listen(settings.host, settings.port)
+    server = Server(_config(app, settings), listener, health, drain_seconds=settings.drain_seconds)
     if operations is not None and settings.operations_port is not None:
-        server.companion = _CompanionServer(_config(operations, settings, settings.operations_port))
+        server.companion = _CompanionServer(_config(operations, settings), listen(settings.host, settings.operations_port))
     return server
 
 
-def _config(app: FastAPI, settings: Settings, port: int) -> uvicorn.Config:
+class PortTaken(RuntimeError):
+    """Somebody else listens there, or the address is not ours."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    except OSError as error:
+        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port or DETECTOR_PORT") from error
+
+
+def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        host=settings.host,
-        port=port,
+        backlog=BACKLOG,
         http=make_protocol(settings),
         ws="none",
         lifespan="on",
@@ -211,9 +247,9 @@ def _config(app: FastAPI, settings: Settings, port: int) -> uvicorn.Config:
 
 async def serve(server: Server) -> None:
     """Run the server, and its companion, to their end."""
-    if server.companion is None:
-        await server.serve()
-        return
+    host, port = server.listener.getsockname()[:2]
+    logger.info("listening", extra={"fields": {"host": host, "port": port}})
     async with asyncio.TaskGroup() as group:
-        group.create_task(server.companion._serve())
-        group.create_task(server.serve())
+        if server.companion is not None:
+            group.create_task(server.companion._serve(sockets=[server.companion.listener]))
+        group.create_task(server.serve(sockets=[server.listener]))

@@ -96,7 +96,9 @@ class Settings(BaseSettings):
         10.0, ge=0, le=3600, description="Readiness needs a good inference at most this old, else one is made; 0 never."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe record that is written.")
-    log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="One JSON object a line, or text for people; auto: text on a terminal."
+    )
     access_log: bool = Field(False, description="One record a request.")
     metrics_triton_aliases: bool = Field(False, description="Also export the counters under Triton's nv_inference_* names.")
 

@@ -210,6 +210,31 @@ def test_an_endless_chunked_body_is_cut_at_the_limit(tmp_path):
         assert (response.status_code, response.json()["code"]) == (413, "too_large")
 
 
+def test_a_refused_body_is_not_read_for_ever(shared):
+    with shared.connect() as connection:
+        connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\nContent-Type: image/png\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+
+        def send_on() -> None:
+            end = time.monotonic() + WAIT_S
+            while time.monotonic() < end:
+                connection.sendall(b"x" * 1000)
+                time.sleep(0.01)
+
+        with pytest.raises(ConnectionError):
+            send_on()
+
+
+def test_a_refused_body_that_ends_soon_leaves_the_connection_usable(shared):
+    body = b"x" * 40_000
+    refused = b"POST /v1/detect?nonsense=1 HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with shared.connect() as connection:
+        connection.sendall(refused)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 422")
+        connection.sendall(body + b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_too_many_connections_are_told_and_the_rest_goes_on(shared):
     held = [shared.connect() for _ in range(30)]
     try:
@@ -290,6 +315,30 @@ def test_term_finishes_a_request_whose_body_is_still_coming(tmp_path):
         answer = connection.recv(65536)
         assert answer.startswith(b"HTTP/1.1 200")
         assert b"connection: close" in answer
+        assert process.stop() == 0
+
+
+def test_operations_have_their_own_port_and_the_main_one_has_none_of_them(tmp_path):
+    write_model(tmp_path)
+    operations = free_port()
+    with service(tmp_path, operations_port=operations) as process:
+        assert httpx.get(process.url + "/metrics").status_code == 404
+        assert "detector_images_total" in httpx.get(f"http://127.0.0.1:{operations}/metrics").text
+        assert httpx.get(f"http://127.0.0.1:{operations}/readyz").status_code == 200
+        assert process.stop() == 0
+
+
+def test_a_free_port_is_taken_and_told(tmp_path):
+    write_model(tmp_path)
+    process = Process(tmp_path, port=0)
+    try:
+        end = time.monotonic() + WAIT_S
+        while not (told := [json.loads(line) for line in process.log if "listening" in line]):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.url = f"http://127.0.0.1:{told[0]['port']}"
+        process.until_ready()
+    finally:
         assert process.stop() == 0
 
 
