@@ -13,12 +13,23 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 STRIDE = 32
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = frozenset({5, 6, 7, 8})
 """EXIF orientations whose stored width is the upright height."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of an EXIF orientation upright."""
 
 Window = tuple[float, float, float, float]
 
@@ -49,7 +60,9 @@ def open_image(path: Path) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none or it cannot be read."""
+    """The EXIF orientation as the header has it, 1 where there is none or it cannot be read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look for EXIF behind the pixels
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # malformed EXIF blocks raise anything from struct.error to SyntaxError; the pixels are fine
@@ -80,7 +93,8 @@ def read_rgb(
         ImageError: missing, unreadable or truncated, or not of `expected_hw`.
     """
     with open_image(path) as image:
-        turned = orientation(image) in SIDEWAYS
+        stored = orientation(image)
+        turned = stored in SIDEWAYS
         original_hw = (image.width, image.height) if turned else (image.height, image.width)
         if expected_hw is not None and original_hw != expected_hw:
             raise ImageError(
@@ -89,7 +103,7 @@ def read_rgb(
         x1, y1, x2, y2 = window or (0.0, 0.0, float(original_hw[1]), float(original_hw[0]))
         if size_hw is not None:
             _reduce(image, size_hw, (y2 - y1, x2 - x1), original_hw, turned=turned)
-        rgb = _decode(image, path)
+        rgb = _decode(image, path, TURNS.get(stored))
         if size_hw is None and window is None:
             return np.asarray(rgb)
         sx, sy = rgb.width / original_hw[1], rgb.height / original_hw[0]
@@ -106,12 +120,13 @@ def _reduce(
     image.draft("RGB", (height, width) if turned else (width, height))
 
 
-def _decode(image: Image.Image, path: Path) -> Image.Image:
+def _decode(image: Image.Image, path: Path, turn: Image.Transpose | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            upright = ImageOps.exif_transpose(image) if orientation(image) != 1 else image
-            return upright.convert("RGB")
+            image.load()
+            rgb = image.convert("RGB")
+            return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, ...
         raise ImageError("truncated image", f"{path.name} cannot be decoded: {error}") from None
 

@@ -6,7 +6,7 @@ B images of a batch, G boxes of the fullest picture (at least 1). A batch is wha
 from __future__ import annotations
 
 import math
-import signal
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,18 +21,23 @@ from model.config import InputConfig
 from model.data.images import ImageError, pad_batch, padded_hw
 from model.data.mosaic import mosaic_example
 from model.data.records import DataError, DetectionSet
-from model.data.transforms import Example, augmented_example
+from model.data.transforms import SIDEWAYS_TURNS, Example, augmented_example
 from model.faster_rcnn import Targets
 from model.training import AugmentConfig, TrainConfig
 
 
 class Draw(NamedTuple):
-    """One picture of one epoch. `copy` tells repetitions in the same epoch apart; `short_side` is 0 for the detector's own."""
+    """One picture of one epoch.
+
+    `copy` tells repetitions in the same epoch apart. A whole batch shares `short_side` (0: the detector's own) and `sideways`, whether
+    its pictures are turned by a quarter: mixed shapes would be padded to the largest.
+    """
 
     epoch: int
     index: int
     copy: int
     short_side: int
+    sideways: bool
 
 
 class Batch(NamedTuple):
@@ -78,7 +83,7 @@ class TrainingPictures(Dataset[Loaded]):
         try:
             if self.config.mosaic and rng.random() < self.config.mosaic:
                 return mosaic_example(self.dataset, draw.index, self.config, (short, long), rng), record.image_id
-            return augmented_example(record, self.config, short, long, rng), record.image_id
+            return augmented_example(record, self.config, short, long, rng, sideways=draw.sideways), record.image_id
         except ImageError as error:
             return DataError(
                 f"image '{record.image_id}': {error.sentence}; repair it, or leave faulty records out with --skip-bad "
@@ -121,9 +126,14 @@ class BatchPlan:
         counts = whole + (rng.random(len(whole)) < self.repeats - whole)
         order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
         groups = self._groups(order, rng)
-        sides = rng.choice(self.config.augment.short_sides or (0,), size=len(groups))
+        augment = self.config.augment
+        sides = rng.choice(augment.short_sides or (0,), size=len(groups))
+        sideways = rng.random(len(groups)) < SIDEWAYS_TURNS * augment.rot90
         seen: dict[int, int] = {}
-        return [[self._draw(epoch, int(i), int(side), seen) for i in group] for group, side in zip(groups, sides, strict=True)]
+        return [
+            [self._draw(epoch, int(i), int(side), bool(turned), seen) for i in group]
+            for group, side, turned in zip(groups, sides, sideways, strict=True)
+        ]
 
     def _groups(self, order: NDArray[np.int64], rng: np.random.Generator) -> list[NDArray[np.int64]]:
         size = self.config.batch_size
@@ -135,9 +145,9 @@ class BatchPlan:
         full += [rest[i : i + size] for i in range(0, needed, size)]
         return [full[i] for i in rng.permutation(len(full))]
 
-    def _draw(self, epoch: int, index: int, short_side: int, seen: dict[int, int]) -> Draw:
+    def _draw(self, epoch: int, index: int, short_side: int, sideways: bool, seen: dict[int, int]) -> Draw:
         copy = seen[index] = seen.get(index, -1) + 1
-        return Draw(epoch, index, copy, short_side)
+        return Draw(epoch, index, copy, short_side, sideways)
 
 
 def repeat_factors(dataset: DetectionSet, threshold: float) -> NDArray[np.float64]:
@@ -208,5 +218,4 @@ def _raise_errors(loaded: Iterator[Batch | DataError]) -> Iterator[Batch]:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # both may reach the whole group; the training process decides when to stop
+    os.setpgid(0, 0)  # Ctrl-C goes to a whole group; in their own, workers live until the training process has saved

@@ -20,6 +20,9 @@ from model.training import AugmentConfig
 MIN_BOX_SIDE_PX = 1.0
 """Boxes that augmentation makes smaller than this in the input frame are dropped: nothing can be learnt from them."""
 
+SIDEWAYS_TURNS = 2 / 3
+"""Part of the three turns (quarter, half, three quarters) that swap height and width."""
+
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """ITU-R BT.601, as Pillow's greyscale has it."""
 
@@ -51,17 +54,30 @@ def plain_example(record: Record, short_side: float, long_side: float) -> Exampl
     return apply_geometry(record, geometry, min_visible=0.0)
 
 
-def augmented_example(record: Record, config: AugmentConfig, short_side: float, long_side: float, rng: np.random.Generator) -> Example:
-    """A training picture, the same for the same state of `rng`."""
-    example = apply_geometry(record, draw_geometry(record.size_hw, config, short_side, long_side, rng), min_visible=config.min_visible)
+def augmented_example(
+    record: Record, config: AugmentConfig, short_side: float, long_side: float, rng: np.random.Generator, *, sideways: bool = False
+) -> Example:
+    """A training picture, the same for the same state of `rng`.
+
+    Args:
+        sideways: turn it by one or three quarters, as its whole batch is.
+    """
+    geometry = draw_geometry(record.size_hw, config, short_side, long_side, rng, sideways=sideways)
+    example = apply_geometry(record, geometry, min_visible=config.min_visible)
     return Example(jitter_colour(example.image, config, rng), example.boxes, example.labels)
 
 
 def draw_geometry(
-    original_hw: tuple[int, int], config: AugmentConfig, short_side: float, long_side: float, rng: np.random.Generator
+    original_hw: tuple[int, int],
+    config: AugmentConfig,
+    short_side: float,
+    long_side: float,
+    rng: np.random.Generator,
+    *,
+    sideways: bool = False,
 ) -> Geometry:
     """Draws crop, scale, turn and mirroring. The same number of draws is taken whatever the configuration."""
-    chance = rng.random(4)
+    chance = rng.random(5)
     x1, y1, x2, y2 = _draw_crop(original_hw, config.crop_min if chance[0] < config.crop else 1.0, rng)
     factor = math.exp(rng.uniform(math.log(config.scale[0]), math.log(config.scale[1])))
     part_hw = (round(y2 - y1), round(x2 - x1))
@@ -71,14 +87,21 @@ def draw_geometry(
     corner = rng.random(2)
     if config.crop_to_input and factor > 1:
         window, size_hw = _cut_to_frame(window, size_hw, frame_hw, corner)
-    turns = int(rng.integers(1, 4))
     return Geometry(
         window,
         size_hw,
-        quarter_turns=turns if chance[1] < config.rot90 else 0,
+        quarter_turns=_quarter_turns(chance[1], chance[4], config.rot90, sideways=sideways),
         hflip=bool(chance[2] < config.hflip),
         vflip=bool(chance[3] < config.vflip),
     )
+
+
+def _quarter_turns(chance: float, choice: float, rot90: float, *, sideways: bool) -> int:
+    """All three turns are as likely over many batches, given that `sideways` comes with SIDEWAYS_TURNS * rot90."""
+    if sideways:
+        return 1 if choice < 0.5 else 3
+    half = (1 - SIDEWAYS_TURNS) * rot90 / (1 - SIDEWAYS_TURNS * rot90)
+    return 2 if chance < half else 0
 
 
 def _draw_crop(original_hw: tuple[int, int], least: float, rng: np.random.Generator) -> Window:
@@ -120,7 +143,8 @@ def apply_geometry(record: Record, geometry: Geometry, *, min_visible: float) ->
         image, boxes = image[:, ::-1], mirror_boxes(boxes, width, axis=0)
     if geometry.vflip:
         image, boxes = image[::-1], mirror_boxes(boxes, height, axis=1)
-    return Example(np.ascontiguousarray(image), boxes.astype(np.float32), labels)
+    inside = boxes.clip(0, [width, height, width, height])  # rounding leaves -1e-14
+    return Example(np.ascontiguousarray(image), inside.astype(np.float32), labels)
 
 
 def window_boxes(boxes: NDArray[np.float64], geometry: Geometry, min_visible: float) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
