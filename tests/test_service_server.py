@@ -97,7 +97,7 @@ def shared(tmp_path_factory) -> Iterator[Process]:
     repository = tmp_path_factory.mktemp("repository")
     write_model(repository)
     with service(
-        repository, header_timeout_ms=400, body_timeout_ms=400, max_header_bytes=4096, max_connections=30, access_log=True
+        repository, header_timeout_ms=400, body_timeout_ms=1000, max_header_bytes=4096, max_connections=30, access_log=True
     ) as process:
         yield process
 
@@ -174,9 +174,9 @@ def test_oversize_headers_get_431(shared, head):
 def test_raw_nonsense_gets_a_client_error(shared, data, status):
     with shared.connect() as connection:
         connection.sendall(data)
-        answer = connection.recv(65536)
-        assert answer.startswith(b"HTTP/1.1 " + status)
-        assert b"application/problem+json" in answer
+        head = connection.recv(65536)
+        assert head.startswith(b"HTTP/1.1 " + status)
+        assert b"application/problem+json" in head
     assert httpx.get(shared.url + "/healthz").status_code == 200
 
 
@@ -230,9 +230,12 @@ def test_a_refused_body_that_ends_soon_leaves_the_connection_usable(shared):
     refused = b"POST /v1/detect?nonsense=1 HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(body)
     with shared.connect() as connection:
         connection.sendall(refused)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 422")
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 422")
         connection.sendall(body + b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        while b'{"alive":true}' not in answer:
+            answer += connection.recv(65536)
+        assert answer.count(b"HTTP/1.1 200") == 1
 
 
 def test_too_many_connections_are_told_and_the_rest_goes_on(shared):
@@ -314,7 +317,7 @@ def test_term_finishes_a_request_whose_body_is_still_coming(tmp_path):
         connection.sendall(data[50:])
         answer = connection.recv(65536)
         assert answer.startswith(b"HTTP/1.1 200")
-        assert b"connection: close" in answer
+        assert b"connection: close" in answer.split(b"\r\n\r\n")[0]
         assert process.stop() == 0
 
 
