@@ -72,7 +72,8 @@ def test_a_lost_device_answers_everyone_and_ends_the_service():
             runtime.gate.set()
             statuses = sorted([(await task).status_code for task in tasks])
             assert statuses == [200, 503, 503, 503]
-            assert (app.state.parts.health.exit_code, app.state.parts.health.ended.is_set()) == (4, True)
+            await asyncio.wait_for(app.state.parts.health.ended.wait(), WAIT_S)
+            assert app.state.parts.health.exit_code == 4
             assert (await client.get("/readyz")).status_code == 503
             later = await ask(client)
             assert (later.status_code, "retry-after" in later.headers) == (503, True)
