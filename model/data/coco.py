@@ -53,7 +53,8 @@ def _parse(root: Path, split: str, path: Path) -> RawSplit:
         by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for entry in content.get("annotations", []):
             by_image[int(entry["image_id"])].append(entry)
-        entries = {int(entry["id"]): entry for entry in content["images"]}
+        # by id, as pycocotools orders them: ties in score between pictures fall as they do there
+        entries = {int(entry["id"]): entry for entry in sorted(content["images"], key=lambda entry: int(entry["id"]))}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a COCO annotation file: {type(error).__name__} {error}") from None
     faults: list[Fault] = []

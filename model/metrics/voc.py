@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.data.records import DetectionSet
-from model.metrics.predictions import Prediction, pairwise_iou
+from model.metrics.matching import IGNORED, TRUE, match_detections
+from model.metrics.predictions import Prediction
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 11)
 
@@ -52,51 +53,30 @@ class Curve:
 def voc_curves(
     dataset: DetectionSet, predictions: Sequence[Prediction], *, iou_thresh: float = 0.5, pixel_offset: float = 0.0
 ) -> dict[str, Curve]:
-    """Precision and recall of every class.
+    """Precision and recall of every class; ties in score keep the order of the pictures.
 
     Args:
         pixel_offset: 1 for the official evaluation's inclusive pixels.
     """
-    return {
-        name: class_curve(dataset, predictions, label, iou_thresh=iou_thresh, pixel_offset=pixel_offset)
-        for label, name in enumerate(dataset.class_names, start=1)
-    }
-
-
-def class_curve(
-    dataset: DetectionSet, predictions: Sequence[Prediction], label: int, *, iou_thresh: float = 0.5, pixel_offset: float = 0.0
-) -> Curve:
-    """Precision and recall of one class; ties in score keep the order of the pictures."""
-    scores, hits = [], []
-    positives = 0
+    scores, labels, outcomes = [np.zeros(0)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    positives = np.zeros(len(dataset.class_names) + 1, dtype=np.int64)
     for record, prediction in zip(dataset.records, predictions, strict=True):
-        truth = record.labels == label
-        chosen = prediction["labels"] == label
-        order = np.argsort(-prediction["scores"][chosen], kind="stable")
-        overlaps = pairwise_iou(prediction["boxes"][chosen][order], record.boxes[truth], pixel_offset=pixel_offset)
-        scores.append(np.asarray(prediction["scores"][chosen][order], np.float64))
-        hits.append(_match(overlaps, record.plain[truth], iou_thresh))
-        positives += int(record.plain[truth].sum())
-    return _curve(np.concatenate([np.zeros(0), *scores]), np.concatenate([np.zeros(0), *hits]), positives)
+        matches = match_detections(record, prediction, iou_thresh=iou_thresh, pixel_offset=pixel_offset)
+        scores.append(np.asarray(prediction["scores"], np.float64)[matches.order])
+        labels.append(np.asarray(prediction["labels"], np.int64)[matches.order])
+        outcomes.append(matches.outcome)
+        positives += np.bincount(record.labels[record.plain], minlength=len(positives))
+    every = np.concatenate(scores), np.concatenate(labels), np.concatenate(outcomes)
+    return {name: _class_curve(*every, k, int(positives[k])) for k, name in enumerate(dataset.class_names, start=1)}
 
 
-def _match(overlaps: NDArray[np.float64], counts: NDArray[np.bool_], iou_thresh: float) -> NDArray[np.float64]:
-    """1 true, 0 false, NaN ignored, for detections by falling score: overlaps [N, G], counts bool [G] -> [N]."""
-    hits = np.zeros(len(overlaps))
-    if not len(counts):
-        return hits
-    used = np.zeros(len(counts), dtype=bool)
-    for n, best in enumerate(overlaps.argmax(axis=1)):
-        if overlaps[n, best] <= iou_thresh:
-            continue
-        hits[n] = np.nan if not counts[best] else float(not used[best])
-        used[best] = True
-    return hits
+def _class_curve(scores: NDArray[np.float64], labels: NDArray[np.int64], outcomes: NDArray[np.int64], label: int, positives: int) -> Curve:
+    chosen = (labels == label) & (outcomes != IGNORED)
+    return make_curve(scores[chosen], outcomes[chosen] == TRUE, positives)
 
 
-def _curve(scores: NDArray[np.float64], hits: NDArray[np.float64], positives: int) -> Curve:
+def make_curve(scores: NDArray[np.float64], hits: NDArray[np.bool_], positives: int) -> Curve:
+    """The curve of detections [N], of which `hits` found one of `positives` objects."""
     order = np.argsort(-scores, kind="stable")
-    order = order[~np.isnan(hits[order])]
     true = np.cumsum(hits[order])
-    recall = true / max(positives, 1)
-    return Curve(recall, true / np.arange(1, len(true) + 1), scores[order], positives)
+    return Curve(true / max(positives, 1), true / np.arange(1, len(true) + 1), scores[order], positives)
