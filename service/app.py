@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from service import __version__, admin, catalogue, openapi, routes, site
+from service import __version__, admin, catalogue, openapi, routes, site, v2
 from service.auth import KeyRing, read_keys
 from service.health import EXIT_DEVICE_LOST, EXIT_NO_MODEL, Health
 from service.images import ImageLimits
@@ -69,8 +69,10 @@ def create_app(settings: Settings | None = None, *, runtime: Runtime | None = No
     install_handlers(app)
     for router in (routes.detecting, catalogue.router, status_router(operations=settings.operations_port is None), site.page_router()):
         app.include_router(router)
+    app.include_router(v2.OpenInference(parts).router())
     if parts.admin_keys is not None and settings.operations_port is None:
         app.include_router(admin.router)
+        app.include_router(v2.admin_router)
     app.router.routes.append(site.page_files())
     _surround(app, parts)
     _complete_openapi(app)
@@ -85,6 +87,7 @@ def create_operations_app(parts: Parts) -> FastAPI:
     app.include_router(status_router(operations=True))
     if parts.admin_keys is not None:
         app.include_router(admin.router)
+        app.include_router(v2.admin_router)
     return app
 
 
