@@ -124,7 +124,7 @@ def _measure(options: argparse.Namespace, console: Console) -> Summary:
     if options.find_rate:
         return _search(options, options.find_rate, pictures, console)
     load = Load(rate=options.rate, clients=options.clients, **_common(options))
-    return _run(_observed(options, load, pictures, console))
+    return run_on_fast_loop(_observed(options, load, pictures, console))
 
 
 def check_host(url: str, *, owned: bool) -> None:
@@ -192,7 +192,7 @@ def _search(options: argparse.Namespace, objective: Objective, pictures: Sequenc
         console.print(f"{rate:8.1f}/s  {objective.percentile} {shown}  {mark}", highlight=False)
         return summary
 
-    found = _run(find_rate(measure, objective, start=10.0))
+    found = run_on_fast_loop(find_rate(measure, objective, start=10.0))
     held = [summary for rate, summary, holds in found.tried if holds and rate == found.rate]
     if not held:
         raise ValueError(f"no rate held {objective.percentile} within {objective.bound_ms:g} ms, not even {found.tried[-1][0]:.1f}/s")
@@ -200,7 +200,7 @@ def _search(options: argparse.Namespace, objective: Objective, pictures: Sequenc
     return held[-1]
 
 
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_on_fast_loop(coroutine: Coroutine[Any, Any, T]) -> T:
     """On uvloop where it is installed: it halves the generator's own CPU."""
     try:
         import uvloop

@@ -1,7 +1,7 @@
 """The load tool's HTTP client: callbacks on raw connections, because the generator shares its cores with what it measures.
 
-A request costs one write of prepared bytes and one pass of llhttp (httptools) over the answer: about a tenth of the CPU of
-aiohttp's client for the same request, see `benchmarks/results/`. No pipelining, keep-alive, no redirects, no TLS.
+A request costs one write of prepared bytes and one pass of llhttp (httptools) over the answer: 41 us of CPU with bodies of 100 KB,
+where aiohttp's client takes 118 us, both on uvloop. Keep-alive, no pipelining, no redirects, no TLS.
 """
 
 from __future__ import annotations
