@@ -18,10 +18,13 @@ from model.data.records import DataError
 from model.inference import predict
 from model.metrics.report import Report, evaluate_detections
 from model.processes import start_processes
+from model.visualize import save_samples, worst_pictures
+
+WORST_PICTURES = 8
 
 EXAMPLES = """examples:
   python -m model.evaluate runs/cells/best.pt --data VOC_FOLDER --split test
-  python -m model.evaluate runs/coco/best.pt --data COCO_FOLDER --split val2017 --json report.json
+  python -m model.evaluate runs/coco/best.pt --data COCO_FOLDER --split val2017 --json report.json --report report
 """
 
 
@@ -36,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip-bad", action="store_true", help="leave faulty records out and list them, instead of stopping at them")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures a batch; changes nothing but the speed (default: 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write report.md, report.json, plots and the worst pictures there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads of the network (default: all)")
     return parser
@@ -45,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         report, images_per_s = evaluate(options)
-    except (DataError, ImageError, CheckpointError, ValueError) as error:
+        print(report.to_text())
+        print(f"  {images_per_s:.1f} pictures a second, reading included")
+        if options.json is not None:
+            values = {"checkpoint": str(options.checkpoint), "split": options.split, "images_per_s": images_per_s, **report.to_dict()}
+            options.json.write_text(json.dumps(values, indent=2) + "\n")
+    except (DataError, ImageError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(report.to_text())
-    print(f"  {images_per_s:.1f} pictures a second, reading included")
-    if options.json is not None:
-        values = {"checkpoint": str(options.checkpoint), "split": options.split, "images_per_s": images_per_s, **report.to_dict()}
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
     return 0
 
 
@@ -68,7 +72,11 @@ def evaluate(options: argparse.Namespace) -> tuple[Report, float]:
     started = time.perf_counter()
     predictions = predict(detector, dataset, batch_size=options.batch_size)
     images_per_s = len(dataset) / (time.perf_counter() - started)
-    return evaluate_detections(dataset, predictions), images_per_s
+    report = evaluate_detections(dataset, predictions)
+    if options.report is not None:
+        report.write(options.report)
+        save_samples(options.report, dataset, predictions, worst_pictures(dataset, predictions, WORST_PICTURES))
+    return report, images_per_s
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ import PIL
 import torch
 import torchvision
 from torch.utils.tensorboard import SummaryWriter
+
+from model.data.records import DetectionSet
+from model.metrics.plots import plot_training
+from model.metrics.predictions import Prediction
+from model.metrics.report import Report
+from model.visualize import save_samples, worst_pictures
+
+SAMPLES = 4
+"""Of the first and of the worst validation pictures."""
 
 
 class RunFolder:
@@ -30,6 +40,7 @@ class RunFolder:
         self.last = path / "last.pt"
         self.epochs = path / "epochs"
         self.samples = path / "samples"
+        self.report = path / "report"
         self.metrics = path / "metrics.jsonl"
         self._board: SummaryWriter | None = None
 
@@ -71,6 +82,34 @@ class RunFolder:
             name.write_bytes(self.last.read_bytes())
         for old in sorted(self.epochs.glob("epoch_*.pt"))[:-keep_last]:
             old.unlink()
+
+    def write_best(self, dataset: DetectionSet, predictions: Sequence[Prediction], report: Report) -> None:
+        """The best checkpoint's report with plots, and sample pictures: the first few and the worst."""
+        report.write(self.report)
+        for old in self.samples.glob("*.png"):
+            old.unlink()
+        chosen = [*range(min(SAMPLES, len(dataset))), *worst_pictures(dataset, predictions, SAMPLES)]
+        save_samples(self.samples, dataset, predictions, list(dict.fromkeys(chosen)))
+
+    def write_summary(self, outcome: str, facts: dict[str, Any]) -> None:
+        """summary.md: how the run ended, what it was, every validation, and where the rest lies."""
+        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        page = [f"# {self.path.name}", "", outcome, "", *(f"- {key}: `{value}`" for key, value in facts.items()), ""]
+        page += ["| epoch | loss | AP | AP50 | AP75 | VOC AP50 |", "| --- | --- | --- | --- | --- | --- |"]
+        for line in lines:
+            if line["kind"] == "val":
+                loss = sum(value for key, value in line.items() if key.startswith("mean_"))
+                cells = " | ".join(f"{line[key]:.4f}" for key in ("AP", "AP50", "AP75", "voc_ap50"))
+                page.append(f"| {line['epoch'] + 1} | {loss:.4f} | {cells} |")
+        seconds = sum(line["timing"].get("seconds", 0.0) for line in lines)
+        page += [
+            "",
+            f"{seconds / 60:.1f} minutes in all. The best checkpoint's report: [report.md](report/report.md)",
+            "",
+            "![training](training.png)",
+        ]
+        (self.path / "summary.md").write_text("\n".join(page) + "\n")
+        plot_training(self.path / "training.png", lines)
 
     def close(self) -> None:
         if self._board is not None:

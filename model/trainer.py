@@ -138,7 +138,10 @@ class Trainer:
                 if self._tired():
                     self.progress.say(f"stopped early: no better AP for {self.config.early_stop_epochs} epochs")
                     break
-        return self._outcome(finished=True)
+        outcome = self._outcome(finished=True)
+        if self.processes.leads:
+            self.folder.write_summary(outcome.message, self.facts)
+        return outcome
 
     def _epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """One epoch from the current position; False if it was interrupted."""
@@ -305,13 +308,16 @@ class Trainer:
         mine = list(range(self.processes.rank, len(self.val_set), self.processes.world))
         parts = self.processes.gather(dict(zip(mine, predict(evaluated, self.val_set, indices=mine), strict=True)))
         predictions = {index: prediction for part in parts for index, prediction in part.items()}
-        self.report = evaluate_detections(self.val_set, [predictions[index] for index in range(len(self.val_set))])
+        ordered = [predictions[index] for index in range(len(self.val_set))]
+        self.report = evaluate_detections(self.val_set, ordered)
         position, stats = self.position, self.report.coco.stats
         better = stats["AP"] > position.best_ap
         if better:
             position.best_ap, position.best_epoch = stats["AP"], position.epoch
         if self.processes.leads:
             values = {"epoch": position.epoch, **stats, "voc_ap50": self.report.voc_ap50, **{f"mean_{k}": v for k, v in means.items()}}
+            if better:
+                self.folder.write_best(self.val_set, ordered, self.report)
             self.folder.log("val", position.batches_done, values, {"seconds": time.perf_counter() - started})
             self.progress.say(
                 f"epoch {position.epoch + 1}/{self.config.epochs}  loss {sum(means.values()):.4f}  AP {stats['AP']:.4f}  "

@@ -85,7 +85,6 @@ def _boxes(image_id: str, entries: list[dict[str, Any]], categories: dict[int, s
                 difficult=bool(entry.get("ignore", 0)),
                 crowd=bool(entry.get("iscrowd", 0)),
                 area=area,
-                annotation_id=int(entry["id"]) if "id" in entry else None,
             )
         )
     return tuple(boxes)

@@ -49,7 +49,7 @@ class RawBox:
     difficult: bool = False
     crowd: bool = False
     area: float | None = None
-    annotation_id: int | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

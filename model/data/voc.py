@@ -63,4 +63,5 @@ def _read_object(node: ElementTree.Element, position: int) -> RawBox:
     if not name or any(value is None for value in values):
         raise ValueError(f"object {position} lacks a name or one of xmin, ymin, xmax, ymax")
     x1, y1, x2, y2 = (float(value) for value in values if value is not None)
-    return RawBox(name, (x1, y1, x2, y2), difficult=(node.findtext("difficult") or "0").strip() == "1")
+    difficult, truncated = ((node.findtext(key) or "0").strip() == "1" for key in ("difficult", "truncated"))
+    return RawBox(name, (x1, y1, x2, y2), difficult=difficult, truncated=truncated)
