@@ -179,6 +179,7 @@ def device_limit(batches: int = 20) -> float:
     started = time.perf_counter()
     for _ in range(batches):
         device.run(MAX_BATCH_SIZE)
+    device.close()
     return batches * MAX_BATCH_SIZE / (time.perf_counter() - started)
 
 

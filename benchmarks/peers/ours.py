@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import cProfile
+import os
 import sys
 from datetime import UTC, datetime
 
@@ -18,6 +20,8 @@ from service.server import make_server, serve
 from service.settings import load_settings
 
 DETECTIONS_PER_IMAGE = 100
+PROFILE_VARIABLE = "SERVING_PROFILE"
+"""Names a file: the event loop's thread is profiled into it."""
 
 
 class SimulatedRuntime:
@@ -58,7 +62,8 @@ class SimulatedRuntime:
         return Detections(boxes, scores, labels, np.full(count, found, np.int64))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Let go of the device."""
+        self._device.close()
 
 
 def main() -> int:
@@ -66,8 +71,14 @@ def main() -> int:
     settings = load_settings(host="127.0.0.1", port=port_argument(), log_level="warning", drain_seconds=0.0)
     configure_logs(settings.log_level, settings.log_format)
     server = make_server(create_app(settings, runtime=SimulatedRuntime()), settings)
+    profile = cProfile.Profile() if PROFILE_VARIABLE in os.environ else None
+    if profile is not None:
+        profile.enable()
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(serve(server))
+    if profile is not None:
+        profile.disable()
+        profile.dump_stats(os.environ[PROFILE_VARIABLE])
     return server.exit_code
 
 

@@ -51,6 +51,10 @@ class SimulatedDevice:
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
+    def close(self) -> None:
+        """Let go of the lock's file."""
+        self._file.close()
+
 
 def decode(body: bytes) -> Prepared:
     """The service's own decoding."""
