@@ -21,6 +21,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, Headers, int]] = {
     "negative header length": (INFER, request_body(), {LENGTH: "-1"}, 400),
     "oversized header length": (INFER, request_body(), {LENGTH: "999999999999"}, 400),
     "header length of 40 digits": (INFER, request_body(), {LENGTH: "9" * 40}, 400),
+    "header length of 5000 digits": (INFER, request_body(), {LENGTH: "9" * 5000}, 400),
     "header length that is no number": (INFER, request_body(), {LENGTH: "0x10"}, 400),
     "header length that cuts the JSON": (INFER, request_body(), {LENGTH: "20"}, 400),
     "header length of other digits": (INFER, request_body(), {LENGTH: b"\xb2"}, 400),
