@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,28 +46,33 @@ class Serving:
         return sum(_cpu_seconds(pid) for pid in _group_members(self.group))
 
 
+def serving(name: str, probe: Picture) -> contextlib.AbstractContextManager[Serving]:
+    """Run `python -m benchmarks.peers.<name>`; see running."""
+    return running(["-m", f"benchmarks.peers.{name}"], probe)
+
+
 @contextlib.contextmanager
-def serving(name: str, probe: Picture) -> Iterator[Serving]:
-    """Run `python -m benchmarks.peers.<name>` on a free port.
+def running(arguments: Sequence[str], probe: Picture) -> Iterator[Serving]:
+    """Run a server with this Python and `--port` of a free port, until the end of the block.
 
     Args:
-        name: the peer's module.
+        arguments: of the interpreter; the port is added.
         probe: posted until it is answered with 200.
 
     Raises:
         ServerMissing: it ended, or did not answer in time.
     """
     port = free_port()
-    with tempfile.TemporaryDirectory(prefix=f"serving-{name}-") as folder:
+    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         output = Path(folder, "output")
         environment = os.environ | QUIET | {LOCK_VARIABLE: str(Path(folder, "device")), "OMP_NUM_THREADS": "1"}
         with output.open("w") as stream:
-            command = [sys.executable, "-m", f"benchmarks.peers.{name}", "--port", str(port)]
+            command = [sys.executable, *arguments, "--port", str(port)]
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
-            running = Serving(f"http://127.0.0.1:{port}/v1/detect", process.pid)
-            _wait_until_answered(running.url, probe, process, output)
-            yield running
+            server = Serving(f"http://127.0.0.1:{port}/v1/detect", process.pid)
+            _wait_until_answered(server.url, probe, process, output)
+            yield server
         finally:
             _end_group(process)
 

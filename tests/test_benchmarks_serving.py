@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import email
 import email.policy
 import json
@@ -14,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import serving_demo
 from benchmarks.load_pictures import Picture, draw_pictures
 from benchmarks.peers.simulated import LOCK_VARIABLE, SECONDS_A_BATCH, SECONDS_AN_IMAGE, SimulatedDevice
 from benchmarks.serving import as_form, decode_limit
 from benchmarks.serving_process import ServerMissing, busy_cpu_seconds, serving
+from benchmarks.serving_profile import describe
 from benchmarks.serving_report import targets, value, write_report
 
 PICTURE = draw_pictures([(480, 640)], per_size=1)[0]
@@ -50,6 +53,25 @@ def test_servers_answer_alike_count_their_cpu_and_leave_nothing_behind() -> None
 def test_a_server_that_is_not_there_is_a_sentence() -> None:
     with pytest.raises(ServerMissing, match=r"No module named benchmarks\.peers\.nothing"), serving("nothing", PICTURE):
         pass
+
+
+def test_the_profile_is_told_by_parts(tmp_path: Path) -> None:
+    profile = cProfile.Profile(time.thread_time)
+    profile.enable()
+    for _ in range(50):
+        json.dumps({"boxes": list(range(2000))}, indent=1)
+    profile.disable()
+    profile.dump_stats(tmp_path / "profile")
+    text = describe(tmp_path / "profile", 10, request_ms=7.0, decode_ms=5.5)
+    assert "7.00 ms CPU a request. Decoding alone takes 5.50 ms, everything else 1.50 ms." in text
+    assert "| other libraries |" in text
+    assert "json/encoder.py" in text
+
+
+def test_the_bare_loop_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serving_demo.main(["--model-repository", str(tmp_path)])
+    assert "holds no <name>/<version>/model.onnx" in capsys.readouterr().err
 
 
 def test_a_form_holds_the_picture_byte_for_byte() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import cProfile
 import os
 import sys
+import time
 from datetime import UTC, datetime
 
 import numpy as np
@@ -71,7 +72,7 @@ def main() -> int:
     settings = load_settings(host="127.0.0.1", port=port_argument(), log_level="warning", drain_seconds=0.0)
     configure_logs(settings.log_level, settings.log_format)
     server = make_server(create_app(settings, runtime=SimulatedRuntime()), settings)
-    profile = cProfile.Profile() if PROFILE_VARIABLE in os.environ else None
+    profile = cProfile.Profile(time.thread_time) if PROFILE_VARIABLE in os.environ else None
     if profile is not None:
         profile.enable()
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
