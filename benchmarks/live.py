@@ -21,7 +21,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = ROOT / "deploy" / "prometheus" / "prometheus.yml"
-START_S = 60.0
+START_S = 120.0
 STOP_S = 30.0
 
 

@@ -1,0 +1,154 @@
+"""What a replica takes before it does any work: `python -m benchmarks.footprint --json FILE`.
+
+Cold start: from the process's birth to the first 200 of /readyz. Memory: resident, after the start and idle. /metrics: its time, and what
+one scrape a second takes from a saturated service. CPU times stand beside the times on the wall, for machines that do other work too.
+The service is the real one with the model repository that it is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+
+from benchmarks.live import ROOT, Service
+from benchmarks.load_pictures import draw_pictures
+from benchmarks.load_run import Load, run_load
+from benchmarks.load_stats import summarise
+
+IDLE_S = 3.0
+SCRAPES = 200
+CLIENTS = 8
+SETTINGS = {"drain_seconds": 0, "canary_seconds": 0}
+
+
+def cold_starts(repository: Path, log: Path, times: int) -> list[dict[str, float]]:
+    """Start, wait until ready, idle, look at the memory, stop: several times."""
+    found = []
+    for _ in range(times):
+        started = time.monotonic()
+        with Service(log, model_repository=repository, **SETTINGS) as service:
+            service.until_ready()
+            ready_s, ready_cpu_s = time.monotonic() - started, cpu_seconds(service.process.pid)
+            time.sleep(IDLE_S)
+            found.append({"ready_s": ready_s, "ready_cpu_s": ready_cpu_s, "idle_rss_mb": resident_bytes(service.process.pid) / 1e6})
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    """VmRSS of a process."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def scrape_ms(url: str) -> list[float]:
+    """Times of many GET /metrics over one connection, in ms."""
+    with httpx.Client(base_url=url) as client:
+        client.get("/metrics").raise_for_status()
+        times = []
+        for _ in range(SCRAPES):
+            started = time.perf_counter()
+            client.get("/metrics").raise_for_status()
+            times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+@contextmanager
+def scraped_each_second(url: str) -> Iterator[None]:
+    """Prometheus's habit, in a thread."""
+    over = threading.Event()
+
+    def scrape() -> None:
+        with httpx.Client(base_url=url) as client:
+            while not over.wait(1.0):
+                client.get("/metrics").raise_for_status()
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def throughputs(url: str, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Answers a second under a closed loop without and with scrapes, in turns, so that what else the machine does falls on both."""
+    pictures = draw_pictures()
+    load = Load(clients=(CLIENTS, CLIENTS), seconds=seconds, warm_up_s=1.0)
+
+    def answered() -> float:
+        return summarise(asyncio.run(run_load(f"{url}/v1/detect", pictures, load)), load).answered_per_s
+
+    found: dict[str, list[float]] = {"without": [], "with": []}
+    for _ in range(rounds):
+        found["without"].append(answered())
+        with scraped_each_second(url):
+            found["with"].append(answered())
+    return found
+
+
+def measure(repository: Path, *, times: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Everything, as plain data."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        starts = cold_starts(repository, log, times)
+        with Service(log, model_repository=repository, **SETTINGS) as service:
+            service.until_ready()
+            before_s = cpu_seconds(service.process.pid)
+            idle_ms = scrape_ms(service.url)
+            scrape_cpu_ms = (cpu_seconds(service.process.pid) - before_s) / len(idle_ms) * 1e3
+            rates = throughputs(service.url, seconds, rounds)
+            busy_rss = resident_bytes(service.process.pid) / 1e6
+    scraped_ms = sorted(idle_ms)
+    return {
+        "models": sorted(path.parent.parent.name for path in repository.glob("*/*/model.onnx")),
+        "cpus": os.cpu_count(),
+        "load_average_at_the_end": os.getloadavg()[0],
+        "cold_start_s": [round(start["ready_s"], 3) for start in starts],
+        "cold_start_median_s": median(start["ready_s"] for start in starts),
+        "cold_start_cpu_s": median(start["ready_cpu_s"] for start in starts),
+        "idle_rss_mb": median(start["idle_rss_mb"] for start in starts),
+        "rss_after_load_mb": busy_rss,
+        "metrics_ms": {"cpu": scrape_cpu_ms, "p50": median(scraped_ms), "p99": scraped_ms[int(0.99 * len(scraped_ms))]},
+        "answered_per_s": rates,
+        "lost_to_scrapes": 1 - median(rates["with"]) / median(rates["without"]),
+    }
+
+
+def main() -> int:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="models to serve (default: the bundled demo)")
+    parser.add_argument("--starts", type=int, default=5, help="cold starts (default 5)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of load in each round (default 10)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of load without and with scrapes (default 4)")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    options = parser.parse_args()
+    text = json.dumps(measure(options.repository, times=options.starts, seconds=options.seconds, rounds=options.rounds), indent=1)
+    if options.json:
+        options.json.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
