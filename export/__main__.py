@@ -14,7 +14,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
 
+from export import inspect
 from export.card import CardFacts
+from export.console import wide_console
 from export.graph import OPSETS, ExportError, GraphOptions
 from export.job import GateFailed, Job, export
 from export.pictures import Picture
@@ -29,13 +31,14 @@ from service.runtime import RuntimeLoadError
 EXAMPLES = """examples:
   python -m export runs/cells/best.pt --name blood-cells --repository model_repository
   python -m export runs/cells/best.pt --name blood-cells --repository model_repository --data VOC_FOLDER --split test
+  python -m export inspect model_repository/blood-cells/1/model.onnx
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test
+  python -m export.audit model_repository/blood-cells/1/model.onnx --provider cpu
 
 The version folder holds model.onnx (manifest and golden images inside), README.md (model card), parity.md (verification report) and
 config.pbtxt (for Triton). It appears in one step after every gate has held; versions are numbered and never overwritten.
 Exit status: 0 published, 1 an error, 2 a gate failed, 130 interrupted; in all but the first case nothing is left behind.
 """
-LOG_WIDTH = 150  # a report that goes to a file is not cut to a terminal's default width
 PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -68,14 +71,17 @@ def build_parser() -> argparse.ArgumentParser:
     card.add_argument("--licence", default="", help="licence of the weights")
     card.add_argument("--data-licence", default="", help="licence and origin of the training pictures")
     card.add_argument("--training-time", default="", help="hardware and duration of the training")
+    card.add_argument("--training-command", default="", help="stands for the command in the checkpoint, if that names private folders")
     card.add_argument("--known-failure", action="append", default=[], metavar="SENTENCE", help="may be given several times")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] == "inspect":
+        return inspect.main(given[1:])
     options = build_parser().parse_args(given)
-    console, errors = _console(), Console(stderr=True, soft_wrap=True)
+    console, errors = wide_console(), Console(stderr=True, soft_wrap=True)
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         export(_job(options, f"python -m export {shlex.join(given)}"), console)
@@ -91,11 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
-
-
-def _console() -> Console:
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=LOG_WIDTH)
 
 
 def _job(options: argparse.Namespace, command: str) -> Job:
@@ -115,6 +116,7 @@ def _job(options: argparse.Namespace, command: str) -> Job:
         pictures=_pictures(options.pictures) if options.pictures else (),
         dataset=_dataset(options) if options.data else None,
         command=command,
+        training_command=options.training_command,
     )
 
 

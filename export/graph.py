@@ -18,8 +18,10 @@ import onnxslim
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from export.nms import TRANSLATIONS, onnx_nms
+from export.roi_pool import table_pooling
 from model.backbones.frozen_norm import NormalisedConv2d
 from model.faster_rcnn import FasterRCNN
 from model.nms import dense_nms
@@ -71,14 +73,28 @@ def build_graph(detector: FasterRCNN, options: GraphOptions) -> onnx.ModelProto:
 
 
 def inference_copy(detector: FasterRCNN, nms: NMSChoice) -> FasterRCNN:
-    """A copy with its norms folded into the convolutions and the NMS strategy for an export."""
+    """A copy with its norms folded into the convolutions and the strategies for an export."""
     ready = copy.deepcopy(detector).eval().requires_grad_(False)
     for parent in list(ready.modules()):
+        previous: tuple[str, nn.Module] | None = None
         for name, child in list(parent.named_children()):
             if isinstance(child, NormalisedConv2d):
                 setattr(parent, name, _folded(child))
+            elif isinstance(child, nn.BatchNorm2d) and previous is not None and isinstance(previous[1], nn.Conv2d):
+                setattr(parent, previous[0], fuse_conv_bn_eval(previous[1], child))
+                setattr(parent, name, nn.Identity())
+            previous = (name, child)
     ready.nms = onnx_nms(detector.config.num_classes + 1) if nms == "onnx" else dense_nms
+    if detector.config.roi.pool == "max":
+        ready.pool = table_pooling(max(max(bucket) for bucket in detector.config.input.buckets), _stride(ready))
     return ready
+
+
+@torch.inference_mode()
+def _stride(detector: FasterRCNN) -> int:
+    """Of the finest feature map."""
+    side = 4 * STRIDE
+    return side // int(detector.backbone(torch.zeros(1, 3, side, side))[0].shape[2])
 
 
 def _folded(conv: NormalisedConv2d) -> nn.Conv2d:

@@ -45,6 +45,7 @@ class Job:
         pictures: further RGB pictures to verify on.
         dataset: measures AP of both sides on it, and holds them against each other.
         command: as the user typed it.
+        training_command: stands for the checkpoint's own, where given.
     """
 
     checkpoint: Path
@@ -57,6 +58,7 @@ class Job:
     pictures: Sequence[Picture] = ()
     dataset: DetectionSet | None = None
     command: str = "python -m export"
+    training_command: str = ""
 
 
 def export(job: Job, console: Console) -> Path:
@@ -116,7 +118,7 @@ def first_manifest(job: Job, checkpoint: Checkpoint, version: int) -> Manifest:
         training=Training(
             dataset=str(training.get("dataset") or "unknown"),
             commit=str(training.get("commit") or ""),
-            command=str(training.get("command") or "unknown"),
+            command=job.training_command or str(training.get("command") or "unknown"),
         ),
         parity={},
         created=datetime.now(UTC).replace(microsecond=0),

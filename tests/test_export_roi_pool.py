@@ -1,0 +1,56 @@
+"""Pooling strategies of the exported graph against torchvision's kernels, slivers at the far border included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign, roi_pool
+
+from export.roi_pool import table_pooling
+from model.config import RoIConfig
+from model.roi_pool import pool_on_canvas
+
+
+def rois(hw: tuple[int, int], count: int = 300) -> Tensor:
+    """Of all sizes, `[2, count, 4]`; many are cut to slivers at the right and bottom border."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor([hw[1], hw[0]] * 2, dtype=torch.float32)
+    corner = torch.rand(2, count, 2, generator=generator) * size[:2]
+    boxes = torch.cat([corner, corner + torch.exp(7 * torch.rand(2, count, 2, generator=generator) - 1)], dim=2)
+    for rows, axis in ((slice(0, 20), 0), (slice(10, 30), 1)):  # thinner than a cell, in the last one
+        boxes[:, rows, axis] = size[axis] - 2 * torch.rand(2, 20, generator=generator)
+        boxes[:, rows, axis + 2] = size[axis]
+    return torch.minimum(boxes, size).clamp(min=0)
+
+
+def with_index(boxes: Tensor) -> Tensor:
+    index = torch.arange(2.0)[:, None, None].expand(2, boxes.shape[1], 1)
+    return torch.cat([index, boxes], dim=2).reshape(-1, 5)
+
+
+def test_legacy_canvas_equals_torchvision_even_for_slivers() -> None:
+    hw = (256, 320)
+    features = [torch.randn(2, 5, hw[0] // s, hw[1] // s, generator=torch.Generator().manual_seed(s)) for s in (4, 8, 16, 32)]
+    boxes = rois(hw)
+    theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
+    expected = theirs(dict(zip("0123", features, strict=True)), list(boxes), [hw] * 2)
+    ours = pool_on_canvas(features, boxes, hw, RoIConfig(pool="align_legacy", canonical_level=2))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hw", [(32, 64), (256, 320), (608, 1024)])
+def test_table_equals_roi_pool(hw: tuple[int, int]) -> None:
+    feature = torch.randn(2, 3, hw[0] // 16, hw[1] // 16, generator=torch.Generator().manual_seed(1))
+    boxes = rois(hw)
+    ours = table_pooling(1024, 16)([feature], boxes, hw, RoIConfig(pool="max"))
+    assert torch.equal(ours, roi_pool(feature, with_index(boxes), 7, spatial_scale=1 / 16))
+
+
+def test_table_by_hand() -> None:
+    feature = torch.arange(12.0).reshape(1, 1, 3, 4)  # 0 1 2 3 / 4 5 6 7 / 8 9 10 11
+    config = RoIConfig(pool="max", pool_size=2)
+    whole = table_pooling(64, 16, 2)([feature], torch.tensor([[[0.0, 0.0, 48.0, 32.0]]]), (48, 64), config)
+    assert whole[0, 0].tolist() == [[5, 7], [9, 11]]
+    negative = table_pooling(64, 16, 2)([feature - 100], torch.tensor([[[0.0, 0.0, 48.0, 32.0]]]), (48, 64), config)
+    assert negative[0, 0].tolist() == [[-95, -93], [-91, -89]]  # no padding shines through
