@@ -5,6 +5,7 @@ A anchors per cell, (H_l, W_l) a level's grid, N = sum of H_l * W_l * A anchors 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,19 +26,43 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
     return (torch.stack([-widths, -heights, widths, heights], dim=1) / 2).round()
 
 
+PAPER_WINDOW = 16
+"""Side of the window, one cell of the shared map, from which the original release enumerates its anchors."""
+
+
+def paper_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """The original release's anchors `[A, 4]`, ratio-major, around the centre of a 16 px window.
+
+    There, corners are inclusive pixels (width = x2 - x1 + 1); here x2 and y2 are one larger, so the sides are the same.
+    """
+    anchors = []
+    for ratio in ratios:
+        width = round(math.sqrt(PAPER_WINDOW**2 / ratio))
+        height = round(width * ratio)
+        for size in sizes:
+            scale = size / PAPER_WINDOW
+            half_w, half_h = width * scale / 2, height * scale / 2
+            anchors.append([PAPER_WINDOW / 2 - half_w, PAPER_WINDOW / 2 - half_h, PAPER_WINDOW / 2 + half_w, PAPER_WINDOW / 2 + half_h])
+    return torch.tensor(anchors)
+
+
+BASE_ANCHORS = {"centred": base_anchors, "paper": paper_anchors}
+"""AnchorConfig.rule -> the anchors of one cell."""
+
+
 class AnchorGenerator(nn.Module):
     """Places the base anchors of each level on that level's grid.
 
     The stride is padded size // grid size, as in torchvision, so it follows whatever the backbone does to the borders.
     """
 
-    def __init__(self, sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> None:
+    def __init__(self, sizes: Sequence[Sequence[float]], ratios: Sequence[float], rule: str = "centred") -> None:
         super().__init__()
         self.num_levels = len(sizes)
         self.anchors_per_cell = [len(level_sizes) * len(ratios) for level_sizes in sizes]
         for level, level_sizes in enumerate(sizes):
             # geometry, not weights: it belongs to the config and stays out of the state dict
-            self.register_buffer(f"base_{level}", base_anchors(level_sizes, ratios), persistent=False)
+            self.register_buffer(f"base_{level}", BASE_ANCHORS[rule](level_sizes, ratios), persistent=False)
 
     def forward(self, features: Sequence[Tensor], padded_hw: tuple[int, int]) -> list[Tensor]:
         """Anchors of every level in the input frame, cell by cell, row-major: `[H_l * W_l * A, 4]` each.

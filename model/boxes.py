@@ -72,6 +72,13 @@ def decode_deltas(deltas: Tensor, references: Tensor, weights: tuple[float, floa
     return torch.stack([center_x - half_w, center_y - half_h, center_x + half_w, center_y + half_h], dim=-1)
 
 
+def inside(boxes: Tensor, sizes_hw: Tensor) -> Tensor:
+    """Bool `[B, N]`: which of the boxes `[N, 4]` lie wholly inside each image of `sizes_hw` `[B, 2]`."""
+    sizes = sizes_hw.to(boxes.dtype)
+    from_origin = (boxes[:, 0] >= 0) & (boxes[:, 1] >= 0)
+    return from_origin & (boxes[:, 2] <= sizes[:, 1:]) & (boxes[:, 3] <= sizes[:, :1])
+
+
 def wider_than(boxes: Tensor, min_size: float) -> Tensor:
     """Boolean `[...]`: both sides of the box are at least `min_size` and positive."""
     sides = torch.minimum(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])

@@ -33,30 +33,52 @@ class BackboneConfig:
     """Feature extractor and pyramid.
 
     Attributes:
-        name: a key of `model.backbones.BACKBONES`.
-        fpn_channels: channels of every pyramid level.
-        extra_level: adds a level at twice the last stride (max pooling), as FPN does for the RPN.
+        name: a key of `model.backbones.BODIES`.
+        fpn_channels: channels of every pyramid level; None: no pyramid, the body's own maps.
+        extra_level: adds a level at twice the last stride (max pooling), as FPN does for the RPN. The head does not see it.
         trainable_stages: how many of the last stages learn; earlier ones are frozen.
+        norm: "frozen" keeps the statistics of the pretrained body and folds them into its convolutions; "batch" learns them,
+            in the body and in the pyramid.
+        norm_eps: of the frozen norm.
     """
 
     name: str
-    fpn_channels: int
+    fpn_channels: int | None
     extra_level: bool = True
     trainable_stages: int = 5
+    norm: Literal["frozen", "batch"] = "frozen"
+    norm_eps: float = 1e-5
 
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """Anchor shapes: `sizes[l]` are the square roots of areas at level l, `ratios` are height / width."""
+    """Anchor shapes: `sizes[l]` are the square roots of areas at level l, `ratios` are height / width.
+
+    Attributes:
+        rule: "centred" rounds boxes around the cell's corner (torchvision); "paper" enumerates them from a 16 px window around its
+            centre, as the original release did.
+    """
 
     sizes: tuple[tuple[float, ...], ...]
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rule: Literal["centred", "paper"] = "centred"
 
 
 @dataclass(frozen=True)
 class RPNConfig:
-    """Region proposal network. Defaults are torchvision's."""
+    """Region proposal network. Defaults are torchvision's.
 
+    Attributes:
+        conv_depth: how many 3x3 convolutions come before the two siblings.
+        hidden: their channels; None: those of the features.
+        inside_only: learn only from anchors that lie inside the image (the paper, section 3.3).
+        reg_weight: factor on the box loss (the paper's lambda, relative to N_reg = N_cls).
+    """
+
+    conv_depth: int = 1
+    hidden: int | None = None
+    inside_only: bool = False
+    reg_weight: float = 1.0
     pre_nms_top_n_train: int = 2000
     pre_nms_top_n_test: int = 1000
     post_nms_top_n_train: int = 2000
@@ -76,13 +98,19 @@ class RoIConfig:
     """Detection head. Defaults are torchvision's.
 
     Attributes:
-        pool: "align" (RoIAlign, half-pixel centres), "align_legacy" (RoIAlign without the half-pixel shift, torchvision's default).
+        pool: "align" (RoIAlign, half-pixel centres), "align_legacy" (RoIAlign without the half-pixel shift, torchvision's default),
+            "max" (RoIPool of Fast R-CNN, one level only).
+        head: what stands between pooled features and the two predictors: "two_fc"; "conv_fc" (four 3x3 convolutions and one fc);
+            "res5" (the last stage of the ResNet named by the backbone).
+        dropout: after each fully connected layer of "two_fc".
         canonical_size, canonical_level: eq. 1 of FPN, k = floor(canonical_level + log2(sqrt(area) / canonical_size)),
             with levels counted from the finest map: 2 is p4 where p2 is the finest.
         candidates_per_image: at most this many (RoI, class) pairs enter the final NMS, best first.
     """
 
-    pool: Literal["align", "align_legacy"] = "align"
+    pool: Literal["align", "align_legacy", "max"] = "align"
+    head: Literal["two_fc", "conv_fc", "res5"] = "two_fc"
+    dropout: float = 0.0
     pool_size: int = 7
     sampling_ratio: int = 2
     canonical_size: float = 224.0

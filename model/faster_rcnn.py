@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from model.anchors import AnchorGenerator
-from model.backbones import PyramidBackbone
+from model.backbones import Backbone
 from model.config import DetectorConfig
 from model.nms import NMS, greedy_nms
-from model.roi_heads import BoxHead, Detections, detect, roi_loss, sample_rois
-from model.roi_pool import RoIPooling, pool_on_canvas
+from model.pretrained import load_imagenet
+from model.roi_heads import Detections, build_head, detect, roi_loss, sample_rois
+from model.roi_pool import RoIPooling, default_pooling
 from model.rpn import RPN, propose, rpn_loss
 
 
@@ -42,7 +43,8 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor, image_sizes_hw: Tensor) -> Tensor:
         """`[B, H, W, 3]` uint8 -> `[B, 3, H, W]` float, laid out channels last; whatever lies in the padding becomes zero."""
-        x = images.permute(0, 3, 1, 2).to(torch.float32) * self.get_buffer("scale") + self.get_buffer("shift")
+        scale = self.get_buffer("scale")
+        x = images.permute(0, 3, 1, 2).to(scale.dtype) * scale + self.get_buffer("shift")
         rows = torch.arange(images.shape[1], device=images.device)[None, :] < image_sizes_hw[:, :1]  # [B, H]
         columns = torch.arange(images.shape[2], device=images.device)[None, :] < image_sizes_hw[:, 1:]  # [B, W]
         return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], x, 0.0)
@@ -55,12 +57,12 @@ class FasterRCNN(nn.Module):
         super().__init__()
         self.config = config
         self.normalize = Normalize(config.input.mean, config.input.std)
-        self.backbone = PyramidBackbone(config.backbone)
-        self.anchors = AnchorGenerator(config.anchors.sizes, config.anchors.ratios)
-        self.rpn = RPN(config.backbone.fpn_channels, self.anchors.anchors_per_cell[0])
-        self.head = BoxHead(config.backbone.fpn_channels, config.num_classes, config.roi)
+        self.backbone = Backbone(config.backbone)
+        self.anchors = AnchorGenerator(config.anchors.sizes, config.anchors.ratios, config.anchors.rule)
+        self.rpn = RPN(self.backbone.channels, self.anchors.anchors_per_cell[0], config.rpn)
+        self.head = build_head(config, self.backbone.channels)
         self.nms: NMS = greedy_nms
-        self.pool: RoIPooling = pool_on_canvas
+        self.pool: RoIPooling = default_pooling(config.roi)
 
     def forward(self, images: Tensor, image_sizes_hw: Tensor, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
         """Detections, or with targets the four losses by name.
@@ -78,14 +80,14 @@ class FasterRCNN(nn.Module):
         if targets is None:
             logits, deltas = self._classify(levels, proposals.boxes, images)
             return detect(logits, deltas, proposals, image_sizes_hw, self.config.roi, self.nms)
-        rpn_cls, rpn_reg = rpn_loss(rpn_output, anchors, targets.boxes, targets.labels > 0, self.config.rpn)
+        rpn_cls, rpn_reg = rpn_loss(rpn_output, anchors, targets.boxes, targets.labels > 0, image_sizes_hw, self.config.rpn)
         samples = sample_rois(proposals, targets.boxes, targets.labels, self.config.roi)
         roi_cls, roi_reg = roi_loss(*self._classify(levels, samples.rois, images), samples, self.config.roi)
         return {"rpn_cls": rpn_cls, "rpn_reg": rpn_reg, "roi_cls": roi_cls, "roi_reg": roi_reg}
 
     def _classify(self, levels: list[Tensor], rois: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Head output of RoIs `[B, R, 4]`; the extra level of the pyramid serves the RPN alone."""
-        pooled_levels = levels[:-1] if self.config.backbone.extra_level else levels
+        pooled_levels = levels[:-1] if self.backbone.has_extra_level else levels
         pooled = self.pool(pooled_levels, rois, (images.shape[1], images.shape[2]), self.config.roi)
         return self.head(pooled)  # type: ignore[no-any-return]  # torch types calls as Any
 
@@ -98,5 +100,5 @@ def build_detector(config: DetectorConfig, backbone_weights: Path | None = None)
     """
     detector = FasterRCNN(config)
     if backbone_weights is not None:
-        detector.backbone.load_imagenet(backbone_weights)
+        load_imagenet(detector, backbone_weights)
     return detector.to(memory_format=torch.channels_last)

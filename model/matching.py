@@ -38,6 +38,7 @@ def match(
     fg_iou_thresh: float,
     bg_iou_thresh: float,
     allow_low_quality: bool,
+    eligible: Tensor | None = None,
 ) -> Tensor:
     """The ground-truth row that each candidate learns from.
 
@@ -47,18 +48,21 @@ def match(
         gt_valid: bool `[B, G]`.
         allow_low_quality: also match, to its own best box, every candidate that is the best (ties included) of some ground truth,
             however low their IoU: the RPN's rule (i) in the paper, section 3.1.2.
+        eligible: bool `[B, N]`; other candidates match nothing and are the best of nothing.
 
     Returns:
         int64 `[B, N]`: a row of `gt_boxes`, BACKGROUND or IGNORED (between the two thresholds).
     """
-    best_iou, best_row, low_quality = _best_pairs(candidates, gt_boxes, gt_valid, allow_low_quality)
+    best_iou, best_row, low_quality = _best_pairs(candidates, gt_boxes, gt_valid, eligible, allow_low_quality)
     background = torch.full_like(best_row, BACKGROUND)
     ignored = torch.full_like(best_row, IGNORED)
     below = torch.where(best_iou < bg_iou_thresh, background, ignored)
     return torch.where((best_iou >= fg_iou_thresh) | low_quality, best_row, below)
 
 
-def _best_pairs(candidates: Tensor, gt_boxes: Tensor, gt_valid: Tensor, allow_low_quality: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _best_pairs(
+    candidates: Tensor, gt_boxes: Tensor, gt_valid: Tensor, eligible: Tensor | None, allow_low_quality: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Best IoU `[B, N]`, its row `[B, N]` and the low-quality mask `[B, N]`.
 
     Runs over the G rows, not over images or candidates: the pairwise matrix [B, G, N] is never held, which keeps
@@ -71,7 +75,8 @@ def _best_pairs(candidates: Tensor, gt_boxes: Tensor, gt_valid: Tensor, allow_lo
     low_quality = torch.zeros(size, dtype=torch.bool, device=candidates.device)
     for row in range(rows):
         row_iou = box_ops.iou(gt_boxes[:, row : row + 1], candidates.expand(batch, -1, 4))[:, 0]  # [B, N]
-        row_iou = torch.where(gt_valid[:, row, None], row_iou, 0.0)
+        usable = gt_valid[:, row, None] if eligible is None else gt_valid[:, row, None] & eligible
+        row_iou = torch.where(usable, row_iou, 0.0)
         better = row_iou > best_iou
         best_row = torch.where(better, row, best_row)
         best_iou = torch.maximum(best_iou, row_iou)

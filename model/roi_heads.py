@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model import boxes as box_ops
-from model.config import RoIConfig
+from model.backbones.resnet import res5
+from model.config import DetectorConfig, RoIConfig
 from model.matching import Samples, match, sample
 from model.nms import INVALID_SCORE, NMS
+from model.precision import at_least_fp32
 from model.ranking import take_rows, top_rows
 from model.rpn import Proposals
 
@@ -47,21 +49,77 @@ class RoISamples(NamedTuple):
     valid: Tensor
 
 
-class BoxHead(nn.Module):
-    """Two fully connected layers, then class logits and per-class deltas (background included, as torchvision stores them)."""
+class TwoFC(nn.Module):
+    """fc6 and fc7 over the flattened RoI, as in Fast R-CNN and FPN."""
 
-    def __init__(self, channels: int, num_classes: int, config: RoIConfig) -> None:
+    def __init__(self, channels: int, config: RoIConfig) -> None:
         super().__init__()
         self.fc6 = nn.Linear(channels * config.pool_size**2, config.hidden)
         self.fc7 = nn.Linear(config.hidden, config.hidden)
-        self.cls_score = nn.Linear(config.hidden, num_classes + 1)
-        self.bbox_pred = nn.Linear(config.hidden, (num_classes + 1) * 4)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out_channels = config.hidden
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        hidden = self.dropout(F.relu(self.fc6(pooled.flatten(1))))
+        dropped: Tensor = self.dropout(F.relu(self.fc7(hidden)))
+        return dropped
+
+
+class ConvFC(nn.Module):
+    """Four 3x3 convolutions with batch norm and one fully connected layer (torchvision's V2 head)."""
+
+    def __init__(self, channels: int, config: RoIConfig) -> None:
+        super().__init__()
+        layers = [(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()) for _ in range(4)]
+        self.convs = nn.Sequential(*(nn.Sequential(*layer) for layer in layers))
+        self.fc = nn.Linear(channels * config.pool_size**2, config.hidden)
+        for layer in layers:
+            nn.init.kaiming_normal_(layer[0].weight, mode="fan_out", nonlinearity="relu")
+        self.out_channels = config.hidden
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.relu(self.fc(self.convs(pooled).flatten(1)))
+
+
+class Res5(nn.Module):
+    """The ResNet's last stage on every RoI, then its mean (the C4 rows of the literature)."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.layer4 = stage
+        self.out_channels = 2048
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        hidden: Tensor = self.layer4(pooled)
+        return hidden.mean(dim=(2, 3))
+
+
+class BoxHead(nn.Module):
+    """A body over each RoI, then class logits and per-class deltas (background included, as torchvision stores them)."""
+
+    def __init__(self, body: TwoFC | ConvFC | Res5, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.cls_score = nn.Linear(body.out_channels, num_classes + 1)
+        self.bbox_pred = nn.Linear(body.out_channels, (num_classes + 1) * 4)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits `[R, K + 1]` and deltas `[R, K + 1, 4]` of pooled features `[R, C, s, s]`."""
-        hidden = F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
+        hidden = self.body(pooled)
         deltas = self.bbox_pred(hidden)
         return self.cls_score(hidden), deltas.reshape(deltas.shape[0], -1, 4)
+
+
+def build_head(config: DetectorConfig, channels: int) -> BoxHead:
+    """The head that the config names, for features of the given depth."""
+    body: TwoFC | ConvFC | Res5
+    if config.roi.head == "two_fc":
+        body = TwoFC(channels, config.roi)
+    elif config.roi.head == "conv_fc":
+        body = ConvFC(channels, config.roi)
+    else:
+        body = Res5(res5(config.backbone))
+    return BoxHead(body, config.num_classes)
 
 
 def detect(logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes_hw: Tensor, config: RoIConfig, nms: NMS) -> Detections:
@@ -76,11 +134,11 @@ def detect(logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes_hw:
     """
     batch, rois = proposals.valid.shape
     num_classes = logits.shape[1] - 1
-    scores = logits.float().softmax(dim=1)[:, 1:].reshape(batch, rois, num_classes)
+    scores = at_least_fp32(logits).softmax(dim=1)[:, 1:].reshape(batch, rois, num_classes)
     scores = torch.where(proposals.valid[..., None] & (scores > config.score_thresh), scores, INVALID_SCORE)
     best, index = top_rows(scores.flatten(1), max(config.candidates_per_image, config.detections_per_image))
     labels = index % num_classes + 1
-    class_deltas = deltas.float().reshape(batch, rois, num_classes + 1, 4)[:, :, 1:].flatten(1, 2)
+    class_deltas = at_least_fp32(deltas).reshape(batch, rois, num_classes + 1, 4)[:, :, 1:].flatten(1, 2)
     boxes = box_ops.decode_deltas(take_rows(class_deltas, index), take_rows(proposals.boxes, index // num_classes), config.box_weights)
     boxes = box_ops.clip(boxes, image_sizes_hw)
     best = torch.where(box_ops.wider_than(boxes, config.min_size), best, INVALID_SCORE)
@@ -127,12 +185,12 @@ def roi_loss(logits: Tensor, deltas: Tensor, samples: RoISamples, config: RoICon
     labels, valid = samples.labels.flatten(), samples.valid.flatten()
     foreground = (labels > 0) & valid
     count = valid.sum().clamp(min=1)
-    cls = F.cross_entropy(logits.float(), torch.where(valid, labels, -1), ignore_index=-1, reduction="sum") / count
+    cls = F.cross_entropy(at_least_fp32(logits), torch.where(valid, labels, -1), ignore_index=-1, reduction="sum") / count
     rois, gt = samples.rois.flatten(0, 1), samples.gt_boxes.flatten(0, 1)
     unit = rois.new_tensor([0.0, 0.0, 1.0, 1.0])  # keeps the masked rows finite
     wanted = box_ops.encode_deltas(
         torch.where(foreground[:, None], gt, unit), torch.where(foreground[:, None], rois, unit), config.box_weights
     )
-    own = deltas.float().gather(1, labels[:, None, None].expand(-1, 1, 4))[:, 0]
+    own = at_least_fp32(deltas).gather(1, labels[:, None, None].expand(-1, 1, 4))[:, 0]
     reg = F.smooth_l1_loss(own, wanted, beta=config.smooth_l1_beta, reduction="none").sum(-1)
     return cls, torch.where(foreground, reg, 0.0).sum() / count

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import roi_align
+from torchvision.ops import roi_align, roi_pool
 
 from model import boxes as box_ops
 from model.config import RoIConfig
 
 BORDER = 1
-"""Replicated cells around each level on the canvas: bilinear samples at a level's edge see what clamping would give."""
+"""Replicated cells above and left of each level on the canvas: bilinear samples at its edge see what clamping would give."""
+FAR_BORDER = 2
+"""The same below and right, where a legacy RoI that is thinner than one cell is forced to a whole one and reaches a cell further."""
 
 RoIPooling = Callable[[Sequence[Tensor], Tensor, tuple[int, int], RoIConfig], Tensor]
 """(features, rois [B, R, 4] in the input frame, padded_hw, config) -> [B * R, C, s, s]."""
@@ -43,23 +45,39 @@ def _with_batch_index(rois: Tensor) -> Tensor:
 
 
 def pool_on_canvas(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
-    """One roi_align over all levels, packed below each other on one canvas.
-
-    Exact for `align`. For `align_legacy` it differs from per-level pooling only for RoIs thinner than one cell at the far border,
-    whose forced width of one cell reaches past the map.
-    """
+    """One roi_align over all levels, packed below each other on one canvas: exact, and a single pass whatever the number of levels."""
     width = features[0].shape[3]
-    tiles = [F.pad(f, (BORDER, width - f.shape[3] + BORDER, BORDER, BORDER), mode="replicate") for f in features]
-    canvas = torch.cat(tiles, dim=2)  # [B, C, sum of H_l + 2, W_0 + 2]
+    tiles = [F.pad(f, (BORDER, width - f.shape[3] + FAR_BORDER, BORDER, FAR_BORDER), mode="replicate") for f in features]
+    canvas = torch.cat(tiles, dim=2)  # [B, C, sum of H_l + 3, W_0 + 3]
     offsets, top = [], BORDER
     for feature in features:
         offsets.append(top)
-        top = top + feature.shape[2] + 2 * BORDER
+        top = top + feature.shape[2] + BORDER + FAR_BORDER
     levels = assign_levels(rois, len(features), config)
     scale = _per_level([1.0 / s for s in _strides(features, padded_hw)], levels, rois)
     shift_y = _per_level(offsets, levels, rois)
     shift = torch.stack([torch.full_like(shift_y, BORDER), shift_y], dim=-1).repeat(1, 1, 2)  # [B, R, 4]
-    return _align(canvas, rois * scale[..., None] + shift, 1.0, config)
+    scaled = rois * scale[..., None]
+    pooled = _align(canvas, scaled + shift, 1.0, config)
+    if config.pool == "align":
+        return pooled
+    map_h, map_w = (_per_level([feature.shape[axis] for feature in features], levels, rois) for axis in (2, 3))
+    rows = _share_inside(scaled[..., 1], scaled[..., 3], map_h, config)
+    columns = _share_inside(scaled[..., 0], scaled[..., 2], map_w, config)
+    return pooled * (rows[:, :, None, :, None] * columns[:, :, None, None, :]).flatten(0, 1)
+
+
+def _share_inside(start: Tensor, end: Tensor, size: Tensor, config: RoIConfig) -> Tensor:
+    """Share of each bin's samples along one axis that lie on the map, `[B, R, s]`; all arguments `[B, R]` in cells.
+
+    Legacy alignment counts samples beyond the map as 0. Only the forced width of a sliver in the last cell gets there, and in that cell
+    clamping makes the map constant along the axis, so the bin's mean is the constant times this share.
+    """
+    samples = config.pool_size * config.sampling_ratio
+    centres = (torch.arange(samples, device=start.device, dtype=start.dtype) + 0.5) / samples
+    at = start[..., None] + (end - start).clamp(min=1.0)[..., None] * centres  # [B, R, s * ratio]
+    inside = (at <= size[..., None]).to(start.dtype)
+    return inside.reshape(*start.shape, config.pool_size, config.sampling_ratio).mean(dim=-1)
 
 
 def pool_and_select(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
@@ -74,7 +92,7 @@ def pool_and_select(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[i
     return pooled
 
 
-def _per_level(values: Sequence[float], levels: Tensor, like: Tensor) -> Tensor:
+def _per_level(values: Sequence[float | int], levels: Tensor, like: Tensor) -> Tensor:
     """`values[levels]`, written as a sum of comparisons so that values may be symbolic sizes."""
     result = torch.zeros_like(levels, dtype=like.dtype)
     for level, value in enumerate(values):
@@ -92,3 +110,17 @@ def _align(feature: Tensor, rois: Tensor, scale: float, config: RoIConfig) -> Te
         aligned=config.pool == "align",
     )
     return pooled
+
+
+def pool_by_max(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
+    """RoIPool (Fast R-CNN, section 2.1): corners rounded to cells, then the maximum of each bin; one level only."""
+    if len(features) != 1:
+        raise ValueError(f"RoIPool is defined on one feature map, but {len(features)} came; choose pool 'align'")
+    scale = 1.0 / _strides(features, padded_hw)[0]
+    pooled: Tensor = roi_pool(features[0], _with_batch_index(rois).to(features[0].dtype), config.pool_size, spatial_scale=scale)
+    return pooled
+
+
+def default_pooling(config: RoIConfig) -> RoIPooling:
+    """The strategy for a kind of pooling."""
+    return {"align": pool_on_canvas, "align_legacy": pool_on_canvas, "max": pool_by_max}[config.pool]

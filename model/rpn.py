@@ -5,6 +5,7 @@ B images, L levels, A anchors per cell, N_l = H_l * W_l * A anchors of a level, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 
 from model import boxes as box_ops
 from model.config import RPNConfig
-from model.matching import match, sample
+from model.matching import Samples, match, sample
 from model.nms import INVALID_SCORE, NMS
+from model.precision import at_least_fp32
 from model.ranking import take_rows, top_rows
 
 
@@ -34,14 +36,17 @@ class Proposals(NamedTuple):
 
 
 class RPN(nn.Module):
-    """A 3x3 convolution and two 1x1 siblings, shared by all levels."""
+    """3x3 convolutions and two 1x1 siblings, shared by all levels."""
 
-    def __init__(self, channels: int, anchors_per_cell: int) -> None:
+    def __init__(self, channels: int, anchors_per_cell: int, config: RPNConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.cls_logits = nn.Conv2d(channels, anchors_per_cell, 1)
-        self.bbox_pred = nn.Conv2d(channels, anchors_per_cell * 4, 1)
-        for layer in (self.conv, self.cls_logits, self.bbox_pred):
+        hidden = config.hidden or channels
+        widths = [channels] + [hidden] * config.conv_depth
+        self.convs = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(widths))
+        self.cls_logits = nn.Conv2d(hidden, anchors_per_cell, 1)
+        self.bbox_pred = nn.Conv2d(hidden, anchors_per_cell * 4, 1)
+        for layer in [*self.convs, self.cls_logits, self.bbox_pred]:
+            assert isinstance(layer, nn.Conv2d)
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # these layers have a bias
 
@@ -49,7 +54,9 @@ class RPN(nn.Module):
         """Logits and deltas at every anchor of every level, in the anchors' order (cell by cell, row-major)."""
         logits, deltas = [], []
         for feature in features:
-            hidden = F.relu(self.conv(feature))
+            hidden = feature
+            for conv in self.convs:
+                hidden = F.relu(conv(hidden))
             logits.append(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1))  # [B, A, H, W] -> [B, H*W*A]
             moved = self.bbox_pred(hidden).permute(0, 2, 3, 1)  # [B, 4A, H, W] -> [B, H, W, 4A]
             deltas.append(moved.reshape(moved.shape[0], -1, 4))
@@ -85,14 +92,16 @@ def _decode_level(
     logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes_hw: Tensor, config: RPNConfig, top_n: int
 ) -> tuple[Tensor, Tensor]:
     """Boxes `[B, k, 4]` and scores `[B, k]` of one level's best anchors; scores are INVALID_SCORE where a row does not count."""
-    scores, index = top_rows(logits.float().sigmoid(), top_n)
-    boxes = box_ops.decode_deltas(take_rows(deltas.float(), index), take_rows(anchors, index))
+    scores, index = top_rows(at_least_fp32(logits).sigmoid(), top_n)
+    boxes = box_ops.decode_deltas(take_rows(at_least_fp32(deltas), index), take_rows(anchors, index))
     boxes = box_ops.clip(boxes, image_sizes_hw)
     good = box_ops.wider_than(boxes, config.min_size) & (scores >= config.score_thresh)
     return boxes, torch.where(good, scores, INVALID_SCORE)
 
 
-def rpn_loss(output: RPNOutput, anchors: Sequence[Tensor], gt_boxes: Tensor, gt_valid: Tensor, config: RPNConfig) -> tuple[Tensor, Tensor]:
+def rpn_loss(
+    output: RPNOutput, anchors: Sequence[Tensor], gt_boxes: Tensor, gt_valid: Tensor, image_sizes_hw: Tensor, config: RPNConfig
+) -> tuple[Tensor, Tensor]:
     """Objectness and box losses over a random sample of anchors, both divided by the number of sampled anchors.
 
     Args:
@@ -103,24 +112,33 @@ def rpn_loss(output: RPNOutput, anchors: Sequence[Tensor], gt_boxes: Tensor, gt_
         Two scalars; the box loss is exactly 0 where there is no ground truth.
     """
     all_anchors = torch.cat(list(anchors))
-    logits, deltas = torch.cat(output.logits, dim=1).float(), torch.cat(output.deltas, dim=1)
+    logits, deltas = at_least_fp32(torch.cat(output.logits, dim=1)), torch.cat(output.deltas, dim=1)
     with torch.no_grad():
-        matched = match(
-            all_anchors,
-            gt_boxes,
-            gt_valid,
-            fg_iou_thresh=config.fg_iou_thresh,
-            bg_iou_thresh=config.bg_iou_thresh,
-            allow_low_quality=True,
-        )
-        samples = sample(matched, config.samples_per_image, config.positive_fraction)
+        samples, matched = _sample_anchors(all_anchors, gt_boxes, gt_valid, image_sizes_hw, config)
         gt_rows = matched.gather(1, samples.rows).clamp(min=0)
         wanted = box_ops.encode_deltas(_safe(take_rows(gt_boxes, gt_rows), samples.foreground), take_rows(all_anchors, samples.rows))
     count = samples.valid.sum().clamp(min=1)
     sampled = logits.gather(1, samples.rows)
     cls = F.binary_cross_entropy_with_logits(sampled, samples.foreground.float(), weight=samples.valid.float(), reduction="sum")
-    reg = F.smooth_l1_loss(take_rows(deltas, samples.rows).float(), wanted, beta=config.smooth_l1_beta, reduction="none").sum(-1)
-    return cls / count, torch.where(samples.foreground, reg, 0.0).sum() / count
+    reg = F.smooth_l1_loss(at_least_fp32(take_rows(deltas, samples.rows)), wanted, beta=config.smooth_l1_beta, reduction="none").sum(-1)
+    return cls / count, config.reg_weight * torch.where(samples.foreground, reg, 0.0).sum() / count
+
+
+def _sample_anchors(
+    anchors: Tensor, gt_boxes: Tensor, gt_valid: Tensor, image_sizes_hw: Tensor, config: RPNConfig
+) -> tuple[Samples, Tensor]:
+    """The anchors to learn from, and what every anchor is matched to, `[B, N]`."""
+    eligible = box_ops.inside(anchors, image_sizes_hw) if config.inside_only else None
+    matched = match(
+        anchors,
+        gt_boxes,
+        gt_valid,
+        fg_iou_thresh=config.fg_iou_thresh,
+        bg_iou_thresh=config.bg_iou_thresh,
+        allow_low_quality=True,
+        eligible=eligible,
+    )
+    return sample(matched, config.samples_per_image, config.positive_fraction, eligible=eligible), matched
 
 
 def _safe(boxes: Tensor, used: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ Schema version 1. Unknown keys are refused, so a file made by a newer exporter i
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 METADATA_KEY = "manifest"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 REPAIR = "export the checkpoint again with `python -m export CHECKPOINT`"
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -140,4 +140,6 @@ def parse_manifest(metadata: dict[str, str], source: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise ManifestError(f"{source}: manifest field {where!r}: {first['msg']} (schema version {SCHEMA_VERSION} expected); {REPAIR}") from error
+        raise ManifestError(
+            f"{source}: manifest field {where!r}: {first['msg']} (schema version {SCHEMA_VERSION} expected); {REPAIR}"
+        ) from error

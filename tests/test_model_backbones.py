@@ -1,5 +1,4 @@
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +6,7 @@ from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from model.backbones import PyramidBackbone
+from model.backbones import Backbone
 from model.backbones.fpn import FPN
 from model.backbones.frozen_norm import fuse_frozen_norms
 from model.config import BackboneConfig
@@ -39,7 +38,7 @@ def test_norm_without_convolution_is_said() -> None:
 
 
 def test_pyramid_levels_and_strides() -> None:
-    backbone = PyramidBackbone(BackboneConfig("mobilenet_v2", fpn_channels=16)).eval()
+    backbone = Backbone(BackboneConfig("mobilenet_v2", fpn_channels=16)).eval()
     levels = backbone(torch.zeros(2, 3, 64, 96))
     assert [tuple(level.shape) for level in levels] == [(2, 16, 8, 12), (2, 16, 4, 6), (2, 16, 2, 3), (2, 16, 1, 2)]
 
@@ -56,30 +55,11 @@ def test_pyramid_adds_the_upsampled_top_down_path() -> None:
 
 
 def test_frozen_stages_do_not_learn() -> None:
-    backbone = PyramidBackbone(BackboneConfig("mobilenet_v2", fpn_channels=8, trainable_stages=3))
+    backbone = Backbone(BackboneConfig("mobilenet_v2", fpn_channels=8, trainable_stages=3))
     frozen = {name.split(".")[2] for name, p in backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"0", "1", "2", "3"}
 
 
 def test_unknown_backbone_is_named() -> None:
     with pytest.raises(ValueError, match="unknown backbone 'resnet'"):
-        PyramidBackbone(BackboneConfig("resnet", fpn_channels=8))
-
-
-def test_imagenet_weights_come_from_a_file(tmp_path: Path) -> None:
-    backbone = PyramidBackbone(BackboneConfig("mobilenet_v2", fpn_channels=8))
-    with pytest.raises(FileNotFoundError, match="--backbone-weights"):
-        backbone.load_imagenet(tmp_path / "none.pth")
-    source = mobilenet_v2()
-    torch.save(source.state_dict(), tmp_path / "whole.pth")
-    backbone.load_imagenet(tmp_path / "whole.pth")
-    torch.testing.assert_close(backbone.body.features[0][0].weight, source.features[0][0].weight)
-    torch.save({"features.0.0.weight": source.features[0][0].weight}, tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="has no weights for"):
-        backbone.load_imagenet(tmp_path / "part.pth")
-
-
-def test_the_real_weights_load(detection_data: Path) -> None:
-    backbone = PyramidBackbone(BackboneConfig("mobilenet_v2", fpn_channels=8)).eval()
-    backbone.load_imagenet(detection_data / "weights" / "mobilenet_v2_features_imagenet.pth")
-    assert all(torch.isfinite(level).all() for level in backbone(torch.randn(1, 3, 64, 96)))
+        Backbone(BackboneConfig("resnet", fpn_channels=8))

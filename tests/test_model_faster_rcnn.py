@@ -139,7 +139,7 @@ def test_overfits_a_few_pictures() -> None:
     answer = run(detector.eval(), images, sizes)
     assert answer.labels[:, 0].tolist() == [1, 2, 1, 2]
     overlap = iou(answer.boxes[:, :1], boxes)[:, 0, 0]
-    assert (overlap > 0.6).all(), overlap
+    assert (overlap > 0.5).all(), overlap
 
 
 def test_config_survives_json_types() -> None:

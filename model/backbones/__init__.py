@@ -1,54 +1,53 @@
-"""Backbones: a normalised image batch in, pyramid levels out."""
+"""Backbones: a normalised image batch in, feature levels out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
+from model.backbones.body import Body
 from model.backbones.fpn import FPN
-from model.backbones.mobilenet import MobileNetV2
+from model.backbones.mobilenet import mobilenet_v2_body, mobilenet_v3_large_body
+from model.backbones.resnet import ResNet
+from model.backbones.vgg import VGG16
+from model.backbones.zf import ZF
 from model.config import BackboneConfig
 
-BODIES: dict[str, Callable[[], MobileNetV2]] = {
-    "mobilenet_v2": MobileNetV2,
-    "mobilenet_v2_p2": lambda: MobileNetV2((4, 8, 16, 32)),
+BODIES: dict[str, Callable[[BackboneConfig], nn.Module]] = {
+    "mobilenet_v2": mobilenet_v2_body,
+    "mobilenet_v3_large": mobilenet_v3_large_body,
+    "resnet50": ResNet,
+    "resnet101": ResNet,
+    "resnet50_c4": ResNet,
+    "resnet101_c4": ResNet,
+    "vgg16": VGG16,
+    "zf": ZF,
 }
-"""Name in BackboneConfig -> a body with `channels`, `stages()` and `features`."""
+"""Name in BackboneConfig -> builder of a `Body`."""
 
 
-class PyramidBackbone(nn.Module):
-    """A classification body and the feature pyramid on top of it."""
+class Backbone(nn.Module):
+    """A classification body and, where the config asks for one, the feature pyramid on top of it."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         if config.name not in BODIES:
             raise ValueError(f"unknown backbone {config.name!r}; expected one of {sorted(BODIES)}")
-        self.body = BODIES[config.name]()
-        self.fpn = FPN(self.body.channels, config.fpn_channels, extra_level=config.extra_level)
-        stages = self.body.stages()
+        self.body = BODIES[config.name](config)
+        body = cast(Body, self.body)
+        self.fpn: FPN | None = None
+        self.channels = body.channels[-1]
+        if config.fpn_channels is not None:
+            self.fpn = FPN(body.channels, config.fpn_channels, extra_level=config.extra_level, batch_norm=config.norm == "batch")
+            self.channels = config.fpn_channels
+        self.has_extra_level = self.fpn is not None and config.extra_level
+        stages = body.stages()
         for stage in stages[: max(0, len(stages) - config.trainable_stages)]:
             stage.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Levels `[B, C, H_l, W_l]`, finest first, of a batch `[B, 3, H, W]`."""
-        return self.fpn(self.body(x))  # type: ignore[no-any-return]  # torch types calls as Any
-
-    def load_imagenet(self, path: Path) -> None:
-        """Load a classification state dict in torchvision's names (`features.*`, or bare as `torch.save(net.features.state_dict())` gives).
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file lacks weights that the body needs.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(f"backbone weights {path} not found; give a torchvision state dict with --backbone-weights FILE")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("features."): value for key, value in loaded.items()}
-        wanted = self.body.features.state_dict()
-        missing = sorted(set(wanted) - set(state))
-        if missing:
-            raise ValueError(f"{path} has no weights for {len(missing)} entries of the backbone, first {missing[0]!r}")
-        self.body.features.load_state_dict({key: state[key] for key in wanted})
+        maps: list[Tensor] = self.body(x)
+        return maps if self.fpn is None else self.fpn(maps)

@@ -15,17 +15,14 @@ class FPN(nn.Module):
         in_channels: depth of each input map, finest first.
         out_channels: depth of every output map.
         extra_level: append a map at half the last resolution, for the largest anchors.
+        batch_norm: follow every convolution by batch norm instead of a bias.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, *, extra_level: bool) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, extra_level: bool, batch_norm: bool = False) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
-        self.outputs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        self.laterals = nn.ModuleList(_conv(channels, out_channels, 1, batch_norm) for channels in in_channels)
+        self.outputs = nn.ModuleList(_conv(out_channels, out_channels, 3, batch_norm) for _ in in_channels)
         self.extra_level = extra_level
-        for layer in [*self.laterals, *self.outputs]:
-            assert isinstance(layer, nn.Conv2d)
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # these layers have a bias
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Pyramid levels, finest first: `[B, C, H_l, W_l]` each."""
@@ -39,3 +36,12 @@ class FPN(nn.Module):
         if self.extra_level:
             levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
         return levels
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, batch_norm: bool) -> nn.Module:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=not batch_norm)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if batch_norm:
+        return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has one
+    return conv

@@ -31,7 +31,8 @@ class NormalisedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.norm[0].affine()
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        out: Tensor = self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        return out
 
 
 def fuse_frozen_norms(root: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""MobileNetV2 as a backbone: maps at strides 8, 16 and 32 (or 4 to 32)."""
+"""MobileNets as bodies; `features.*` names are torchvision's."""
 
 from __future__ import annotations
 
@@ -6,41 +6,50 @@ import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2
-from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision.models import mobilenet_v2, mobilenet_v3_large
 
+from model.backbones.body import norm_layer
 from model.backbones.frozen_norm import fuse_frozen_norms
-
-LAST_BLOCK = 17
-"""The 1280-channel convolution behind it serves classification alone."""
-_STAGE_ENDS = {4: 3, 8: 6, 16: 13, 32: LAST_BLOCK}
-_CHANNELS = {4: 24, 8: 32, 16: 96, 32: 320}
+from model.config import BackboneConfig
 
 
-class MobileNetV2(nn.Module):
-    """Torchvision's MobileNetV2 features with frozen batch norm; `features.*` names are torchvision's.
+class MobileNet(nn.Module):
+    """A chain of blocks with some of its maps tapped.
 
     Args:
-        strides: which maps to give, finest first.
+        features: torchvision's blocks.
+        taps: index of the blocks whose output is given, finest first.
+        channels: their depths.
+        stage_starts: first block of each stage, stem first.
     """
 
-    def __init__(self, strides: Sequence[int] = (8, 16, 32)) -> None:
+    def __init__(self, features: nn.Sequential, taps: Sequence[int], channels: list[int], stage_starts: Sequence[int]) -> None:
         super().__init__()
-        self.features = mobilenet_v2(norm_layer=FrozenBatchNorm2d).features[: LAST_BLOCK + 1]
+        self.features = features[: taps[-1] + 1]
         fuse_frozen_norms(self.features)
-        self.taps = [_STAGE_ENDS[stride] for stride in strides]
-        self.channels = [_CHANNELS[stride] for stride in strides]
+        self.taps = list(taps)
+        self.channels = channels
+        self._stage_bounds = [*stage_starts, len(self.features)]
 
     def stages(self) -> list[nn.Module]:
-        """Five stages, stem first, for freezing: those that end at strides 2, 4, 8, 16 and 32."""
-        bounds = [0, 2, 4, 7, 14, LAST_BLOCK + 1]
-        return [self.features[a:b] for a, b in itertools.pairwise(bounds)]
+        return [self.features[start:end] for start, end in itertools.pairwise(self._stage_bounds)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps `[B, C_l, H / stride, W / stride]`, finest first."""
         maps = []
         for index, block in enumerate(self.features):
             x = block(x)
             if index in self.taps:
                 maps.append(x)
         return maps
+
+
+def mobilenet_v2_body(config: BackboneConfig) -> MobileNet:
+    """Strides 8, 16 and 32; the 1280-channel convolution behind them serves classification alone."""
+    features = mobilenet_v2(norm_layer=norm_layer(config)).features
+    return MobileNet(features, taps=(6, 13, 17), channels=[32, 96, 320], stage_starts=(0, 2, 4, 7, 14))
+
+
+def mobilenet_v3_large_body(config: BackboneConfig) -> MobileNet:
+    """The two maps that torchvision's detectors use, both at stride 32: the last stage's first block and the last convolution."""
+    features = mobilenet_v3_large(norm_layer=norm_layer(config)).features
+    return MobileNet(features, taps=(13, 16), channels=[160, 960], stage_starts=(0, 2, 4, 7, 13, 16))
