@@ -14,8 +14,9 @@ from torch import Tensor
 from model.config import InputConfig
 from model.data.images import choose_bucket, pad_batch, read_rgb, resized_hw
 from model.data.records import DetectionSet, Record
-from model.faster_rcnn import Detections, FasterRCNN
+from model.faster_rcnn import FasterRCNN
 from model.metrics.predictions import Prediction
+from model.roi_heads import Detections
 
 READ_THREADS = 4
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from model.training import TrainConfig
+
+Module = TypeVar("Module", bound=nn.Module)
 
 PRETRAINED_PREFIX = "backbone.body."
 """Parameters that start from ImageNet; `backbone_lr_factor` is for them."""
@@ -66,13 +69,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_factor"]
 
 
-class MovingAverage:
+class MovingAverage(Generic[Module]):
     """Exponential moving average of a detector's weights; buffers (batch-norm statistics) are averaged too.
 
     Early on the average follows faster: the decay of step t is min(decay, (1 + t) / (10 + t)).
     """
 
-    def __init__(self, detector: nn.Module, decay: float) -> None:
+    def __init__(self, detector: Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
         self.detector = copy.deepcopy(detector).eval().requires_grad_(False)

@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         stop_processes()
-    print(outcome.message)
+    if outcome.message:
+        print(outcome.message)
     return 0 if outcome.finished else INTERRUPTED
 
 

@@ -45,7 +45,7 @@ class TrainingError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """How a run ended: best validation AP and its epoch (from 0), and the sentence for the person who waited."""
+    """How a run ended: best validation AP and its epoch (from 0), and the sentence for the person who waited (from the leading process)."""
 
     best_ap: float
     best_epoch: int
@@ -94,7 +94,9 @@ class Trainer:
         self.facts = facts
         self.detector = detector.to(processes.device)
         if config.sync_bn and processes.world > 1:
-            self.detector = nn.SyncBatchNorm.convert_sync_batchnorm(self.detector)
+            if processes.device.type != "cuda":
+                raise TrainingError("training.sync_bn needs CUDA devices; leave it off on CPUs (--set training.sync_bn=false)")
+            self.detector = nn.SyncBatchNorm.convert_sync_batchnorm(self.detector)  # type: ignore[no-untyped-call]
         self.average = MovingAverage(self.detector, config.ema_decay) if config.ema_decay else None
         self.parallel: nn.Module = DistributedDataParallel(self.detector) if processes.world > 1 else self.detector
         self.optimizer = build_optimizer(self.detector, config)
@@ -194,7 +196,7 @@ class Trainer:
                 f"interrupted in epoch {position.epoch + 1} after batch {position.batch}; saved {self.folder.last}. "
                 f"Go on with: python -m model.train --out {self.folder.path} --resume"
             )
-        return Outcome(position.best_ap, position.best_epoch, finished, message)
+        return Outcome(position.best_ap, position.best_epoch, finished, message if self.processes.leads else "")
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         try:
@@ -227,7 +229,7 @@ class Trainer:
 
     def _without_sync(self, last_of_step: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.parallel, DistributedDataParallel) and not last_of_step:
-            return self.parallel.no_sync()  # type: ignore[no-untyped-call,no-any-return]
+            return self.parallel.no_sync()
         return contextlib.nullcontext()
 
     def _update(self) -> Tensor:
@@ -389,18 +391,18 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of all global generators as tensors and plain values."""
+    """States of all global generators as plain values, which pass between processes and into checkpoints alike."""
     name, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, torch.tensor(keys), *rest]}
+    state = {"torch": torch.get_rng_state().tolist(), "python": random.getstate(), "numpy": [name, list(map(int, keys)), *rest]}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

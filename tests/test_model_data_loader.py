@@ -55,24 +55,24 @@ def test_an_epoch_shows_every_picture_and_fills_the_last_batch() -> None:
     plan = BatchPlan.of(dataset_of([record(i, [1]) for i in range(10)]), TrainConfig(batch_size=4))
     batches = plan.batches(0)
     assert [len(batch) for batch in batches] == [4, 4, 4]
-    shown = Counter(draw.index for batch in batches for draw in batch)
+    shown = Counter(draw.picture for batch in batches for draw in batch)
     assert set(shown) == set(range(10))
     assert sum(shown.values()) == 12
-    assert len({(draw.index, draw.copy) for batch in batches for draw in batch}) == 12
+    assert len({(draw.picture, draw.copy) for batch in batches for draw in batch}) == 12
     assert plan.batches(0) == batches
     assert plan.batches(1) != batches
 
 
 def test_fewer_pictures_than_a_batch() -> None:
     plan = BatchPlan.of(dataset_of([record(0, [1])]), TrainConfig(batch_size=4))
-    assert [[draw.index for draw in batch] for batch in plan.batches(0)] == [[0, 0, 0, 0]]
+    assert [[draw.picture for draw in batch] for batch in plan.batches(0)] == [[0, 0, 0, 0]]
 
 
 def test_batches_hold_one_orientation() -> None:
     sizes = [(60, 40) if i % 3 == 0 else (40, 60) for i in range(30)]
     dataset = dataset_of([record(i, [1], size) for i, size in enumerate(sizes)])
     batches = BatchPlan.of(dataset, TrainConfig(batch_size=4)).batches(3)
-    mixed = [batch for batch in batches if len({sizes[draw.index] for draw in batch}) > 1]
+    mixed = [batch for batch in batches if len({sizes[draw.picture] for draw in batch}) > 1]
     assert len(mixed) <= 1
     assert len(batches) == 8
     turned = TrainConfig(batch_size=4, augment=AugmentConfig(rot90=1.0, short_sides=(48, 64, 80)))
@@ -87,7 +87,7 @@ def test_rare_classes_are_repeated_by_hand() -> None:
     assert factors[0] == 1
     assert factors[99] == pytest.approx(2.0)  # sqrt(.04 / .01)
     plan = BatchPlan.of(dataset, TrainConfig(batch_size=1, repeat_threshold=0.04))
-    assert Counter(draw.index for batch in plan.batches(0) for draw in batch)[99] == 2
+    assert Counter(draw.picture for batch in plan.batches(0) for draw in batch)[99] == 2
 
 
 def run(scenes: DetectionSet, config: TrainConfig, **options: int) -> list[Batch]:

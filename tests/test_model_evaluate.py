@@ -14,9 +14,10 @@ from model.config import DetectorConfig, InputConfig
 from model.data.formats import open_dataset
 from model.data.synthetic import CLASS_NAMES, write_voc
 from model.evaluate import main
-from model.faster_rcnn import Detections, FasterRCNN, build_detector
+from model.faster_rcnn import FasterRCNN, build_detector
 from model.inference import predict
 from model.presets import mobilenet_v2_fpn
+from model.roi_heads import Detections
 
 
 class Corner(torch.nn.Module):

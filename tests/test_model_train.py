@@ -127,6 +127,62 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, whole_run: Path, tmp_pat
     assert curve(out) == curve(whole_run)
 
 
+def test_summary_report_and_pictures(whole_run: Path) -> None:
+    summary = (whole_run / "summary.md").read_text()
+    assert "done: best validation AP" in summary
+    assert summary.count("| 1 |") == summary.count("| 2 |") == 1
+    assert (whole_run / "report" / "precision_recall.png").is_file()
+    assert (whole_run / "training.png").is_file()
+    assert len(list((whole_run / "samples").glob("*.png"))) == 3
+
+
+def test_accumulation_halves_the_steps_and_adds_up(data: Path, tmp_path: Path) -> None:
+    settings = ("training.workers=0", "training.accumulate=2", "training.epochs=1", "training.ema_decay=0")
+    assert main(arguments(data, tmp_path / "run", *settings)) == 0
+    resume = load_checkpoint(tmp_path / "run" / "last.pt").resume
+    assert resume is not None
+    assert resume["position"]["batches_done"] == 3
+    assert resume["position"]["optimizer_steps"] == 2
+    norms = [line["grad_norm"] for line in curve(tmp_path / "run") if line["kind"] == "train"]
+    assert norms[0] == 0 < min(norms[1:])  # no step after the first batch; one after the second and at the epoch's end
+
+
+def test_mixed_precision_adamw_and_mosaic_train(data: Path, tmp_path: Path) -> None:
+    settings = ("training.amp=bf16", "training.optimizer=adamw", "training.augment.mosaic=1.0", "training.lr=0.001")
+    assert main(arguments(data, tmp_path / "run", "training.workers=0", "training.epochs=1", *settings)) == 0
+    assert all(line["loss"] < 10 for line in curve(tmp_path / "run") if line["kind"] == "train")
+
+
+def test_early_stop_and_no_validation(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("training.workers=0", "training.epochs=6", "training.early_stop_epochs=1", "training.lr=1e-9", "training.ema_decay=0")
+    assert main(arguments(data, tmp_path / "run", *settings)) == 0
+    assert "stopped early" in capsys.readouterr().out
+    assert max(line["epoch"] for line in curve(tmp_path / "run")) < 5
+    assert main(arguments(data, tmp_path / "other", "training.workers=0", "training.epochs=1", options=("--val-split", "none"))) == 0
+    assert (tmp_path / "other" / "best.pt").is_file()
+
+
+def test_init_takes_what_fits(data: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--init", str(whole_run / "best.pt"), "--classes", "disc,square,triangle,cube")
+    assert main(arguments(data, tmp_path / "run", "training.workers=0", "training.epochs=1", options=options)) == 0
+    printed = capsys.readouterr().out
+    assert "starting anew: head." in printed
+    assert "backbone" not in printed.partition("starting anew")[2].splitlines()[0]
+
+
+def test_out_of_memory_says_what_to_lower(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def allocate(*_: object) -> None:
+        torch.empty(1 << 60)  # more than any machine has: the allocator's own error
+
+    monkeypatch.setattr("model.faster_rcnn.FasterRCNN.forward", allocate)
+    assert main(arguments(data, tmp_path / "run", "training.workers=0")) == 1
+    message = capsys.readouterr().err
+    assert "Lower training.batch_size (now 2)" in message
+    assert "detector.input.short_side" in message
+
+
 def test_exploding_loss_names_pictures_and_advice(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(data, tmp_path / "run", "training.loss_limit=0.01", "training.workers=0")) == 1
     message = capsys.readouterr().err

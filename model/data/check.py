@@ -92,7 +92,7 @@ def read_facts(image: RawImage) -> PictureFacts:
         notes.append(Fault("grey picture", image.image_id, "has no colour"))
     if not image.boxes:
         notes.append(Fault("no objects", image.image_id, "has no annotated box; it trains as background"))
-    faults = ()
+    faults: tuple[Fault, ...] = ()
     if image.size_hw is not None and image.size_hw != size_hw:
         stated, real = image.size_hw, size_hw
         faults = (Fault("wrong size", image.image_id, f"is {real[1]} x {real[0]}, annotated as {stated[1]} x {stated[0]}; correct it"),)

@@ -34,7 +34,7 @@ class Draw(NamedTuple):
     """
 
     epoch: int
-    index: int
+    picture: int
     copy: int
     short_side: int
     sideways: bool
@@ -76,13 +76,13 @@ class TrainingPictures(Dataset[Loaded]):
         self.seed = seed
 
     def __getitem__(self, draw: Draw) -> Loaded:
-        record = self.dataset.records[draw.index]
-        rng = np.random.default_rng([self.seed, draw.epoch, draw.index, draw.copy])
+        record = self.dataset.records[draw.picture]
+        rng = np.random.default_rng([self.seed, draw.epoch, draw.picture, draw.copy])
         short = draw.short_side or self.frame.short_side
         long = self.frame.long_side * short / self.frame.short_side
         try:
             if self.config.mosaic and rng.random() < self.config.mosaic:
-                return mosaic_example(self.dataset, draw.index, self.config, (short, long), rng), record.image_id
+                return mosaic_example(self.dataset, draw.picture, self.config, (short, long), rng), record.image_id
             return augmented_example(record, self.config, short, long, rng, sideways=draw.sideways), record.image_id
         except ImageError as error:
             return DataError(
@@ -152,14 +152,14 @@ class BatchPlan:
 
 def repeat_factors(dataset: DetectionSet, threshold: float) -> NDArray[np.float64]:
     """Repeat-factor sampling (LVIS, Gupta et al. 2019): max over a picture's classes of max(1, sqrt(threshold / frequency))."""
-    factors = np.ones(len(dataset))
     if threshold <= 0:
-        return factors
+        return np.ones(len(dataset))
     present = np.zeros((len(dataset), len(dataset.class_names) + 1), dtype=bool)
     for row, record in zip(present, dataset.records, strict=True):
         row[record.labels[record.plain]] = True
     per_class = np.maximum(1.0, np.sqrt(threshold / np.maximum(present.mean(axis=0), 1e-12)))
-    return np.maximum(factors, (present * per_class).max(axis=1))
+    largest: NDArray[np.float64] = (present * per_class).max(axis=1)
+    return np.maximum(largest, 1.0)
 
 
 class _Schedule:
@@ -198,7 +198,7 @@ def training_batches(
     schedule = _Schedule(BatchPlan.of(dataset, config), range(first_epoch, config.epochs), first_batch, rank, world)
     loader: DataLoader[Loaded] = DataLoader(
         TrainingPictures(dataset, config.augment, frame, config.seed),
-        batch_sampler=schedule,  # type: ignore[arg-type]
+        batch_sampler=schedule,
         num_workers=config.workers,
         collate_fn=_collate_loaded,
         pin_memory=pin_memory,

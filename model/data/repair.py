@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 from model.data.check import read_facts
@@ -102,7 +103,8 @@ def _voc_object(box: RawBox) -> str:
 
 def _write_coco(out: Path, raw: RawSplit, images: Sequence[MendedImage], class_names: Sequence[str]) -> None:
     ids = {name: k for k, name in enumerate(class_names, start=1)}
-    entries, annotations = [], []
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image, (height, width) in images:
         _link(out / raw.split / image.path.name, image.path)
         entries.append({"id": int(image.image_id), "file_name": image.path.name, "height": height, "width": width})

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -124,7 +125,8 @@ def write_coco(root: Path, splits: Mapping[str, int], size_hw: tuple[int, int] =
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, scenes in _scenes(splits, size_hw):
         (root / split).mkdir(exist_ok=True)
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for image_id, (name, scene) in enumerate(scenes, start=1):
             Image.fromarray(scene.image).save(root / split / f"{name}.png")
             height, width = scene.image.shape[:2]

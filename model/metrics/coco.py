@@ -83,7 +83,7 @@ def _index(dataset: DetectionSet, annotations: list[dict[str, Any]]) -> COCO:
 
 
 def _truth(dataset: DetectionSet) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, record in enumerate(dataset.records, start=1):
         for box, label, area, crowd, difficult in zip(
             record.boxes, record.labels, record.areas, record.crowd, record.difficult, strict=True
@@ -94,7 +94,7 @@ def _truth(dataset: DetectionSet) -> list[dict[str, Any]]:
 
 
 def _detections(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, prediction in enumerate(predictions, start=1):
         for box, score, label in zip(prediction["boxes"], prediction["scores"], prediction["labels"], strict=True):
             x, y, width, height = _xywh(box)

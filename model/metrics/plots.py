@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -62,7 +63,7 @@ def plot_errors(path: Path, ap_cost: Mapping[str, float]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_training(path: Path, lines: Sequence[Mapping[str, float]]) -> None:
+def plot_training(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Loss and validation AP over the batches, from the lines of metrics.jsonl."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -38,4 +38,5 @@ def pairwise_iou(
     union = area_a + area_b - shared
     if crowd is not None:
         union = np.where(crowd[None, :], area_a, union)
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    overlaps: NDArray[np.float64] = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return overlaps
