@@ -18,7 +18,7 @@ from model.data.synthetic import write_voc
 # Every anchor and every proposal is a sample, so that nothing depends on which process draws the random subset.
 ALL_SAMPLES = ("detector.rpn.samples_per_image=100000", "detector.rpn.positive_fraction=1.0", "detector.roi.samples_per_image=64")
 LARGEST_DIFFERENCE, MEAN_DIFFERENCE = 0.12, 0.03
-"""Each process divides by its own number of samples, which varies between pictures, and draws its own RoIs: batches of four differ a little."""
+"""Each process divides by its own number of samples, which varies between pictures, and draws its own RoIs."""
 
 
 def torchrun(command: list[str]) -> subprocess.Popen[str]:
