@@ -98,5 +98,10 @@ def load_detector(path: Path) -> FasterRCNN:
     """
     checkpoint = load_checkpoint(path)
     detector = build_detector(checkpoint.config)
-    detector.load_state_dict(checkpoint.detector)
+    try:
+        detector.load_state_dict(checkpoint.detector)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} does not fit this version's network, which names or shapes its layers differently: {error}"
+        ) from error
     return detector.eval()

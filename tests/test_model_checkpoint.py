@@ -42,6 +42,12 @@ def test_a_detector_comes_back_in_evaluation_mode(tmp_path: Path) -> None:
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in detector.state_dict().items())
 
 
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", small(1.0))
+    with pytest.raises(CheckpointError, match="does not fit this version's network"):
+        load_detector(tmp_path / "a.pt")
+
+
 WRITE = """
 import resource, signal, sys
 from pathlib import Path
