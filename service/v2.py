@@ -56,7 +56,6 @@ class OpenInference:
     def router(self) -> APIRouter:
         """Every route but those that change the repository."""
         router = APIRouter(prefix="/v2", tags=["open inference protocol"], include_in_schema=False)
-        detecting = APIRouter(route_class=DetectingRoute)
         router.add_api_route("", self.server_metadata)
         router.add_api_route("/health/live", self.live)
         router.add_api_route("/health/ready", self.ready)
@@ -66,11 +65,10 @@ class OpenInference:
             router.add_api_route(prefix + "/ready", self.model_ready)
             router.add_api_route(prefix + "/config", self.model_config)
             router.add_api_route(prefix + "/stats", self.model_statistics)
-            detecting.add_api_route(prefix + "/infer", self.infer, methods=["POST"])
+            router.add_api_route(prefix + "/infer", self.infer, methods=["POST"], route_class_override=DetectingRoute)
         router.add_api_route("/repository/index", self.repository_index, methods=["POST"])
         for path in ("/trace/setting", "/models/{name}/trace/setting", "/logging", "/{kind}sharedmemory/{rest:path}"):
             router.add_api_route(path, not_offered, methods=["GET", "POST"])
-        router.include_router(detecting)
         return router
 
     async def server_metadata(self) -> Response:

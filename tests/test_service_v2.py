@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from service_fakes import FakeRuntime, fake_service, make_manifest, picture, run, until
+from service_fakes import FakeRuntime, fake_service, make_manifest, picture, run, sample, until
 from service_onnx import write_model
 from service_v2_bodies import INFER, INFER_TENSOR, LENGTH, post, request_body, tensor_body
 from test_service_server import Process
@@ -416,5 +416,68 @@ def test_every_error_of_the_prefix_has_the_protocols_shape() -> None:
             assert (await post(client, "/v2/repository/index", b"[]")).status_code == 400
             ready = (await post(client, "/v2/repository/index", {"ready": True})).json()
             assert [entry["name"] for entry in ready] == ["blobs", "blobs_tensor"]
+
+    run(ask())
+
+
+def test_keys_guard_the_protocol_but_not_its_health(tmp_path: Path) -> None:
+    key, line = make_key("application")
+    (tmp_path / "keys").write_text(line + "\n")
+
+    async def ask() -> None:
+        async with fake_service(api_keys_file=tmp_path / "keys") as (client, _, _runtime):
+            for path in ("/v2/health/live", "/v2/health/ready"):
+                assert (await client.get(path)).status_code == 200
+            refused = await post(client, INFER, request_body())
+            assert (refused.status_code, list(refused.json())) == (401, ["error"])
+            assert (await client.get("/v2")).status_code == 401
+            assert (await post(client, INFER, request_body(), {"authorization": f"Bearer {key}"})).status_code == 200
+
+    run(ask())
+
+
+def test_requests_are_measured_under_their_template() -> None:
+    async def ask() -> None:
+        async with fake_service() as (client, app, _runtime):
+            await post(client, INFER, request_body())
+            await post(client, "/v2/models/blobs/versions/1/infer", request_body())
+            for route in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
+                assert sample(app, "detector_http_request_duration_seconds_count", route=route, method="POST", status="200") == 1
+            assert sample(app, "detector_images_total", outcome="ok") == 2
+
+    run(ask())
+
+
+def test_a_client_that_leaves_is_dropped() -> None:
+    async def ask() -> None:
+        runtime = FakeRuntime()
+        async with fake_service(runtime, max_batch_size=1) as (_, app, _runtime):
+            runtime.gate.clear()
+            body, sent = json.dumps(request_body()).encode(), asyncio.Event()
+            messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def receive() -> dict[str, Any]:
+                if messages:
+                    return messages.pop()
+                await sent.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                assert message.get("status") in (None, 499)
+
+            scope = {
+                "type": "http",
+                "asgi": {"version": "3.0"},
+                "http_version": "1.1",
+                "method": "POST",
+                "path": INFER,
+                "raw_path": INFER.encode(),
+            }
+            request = asyncio.create_task(app({**scope, "query_string": b"", "headers": [], "scheme": "http"}, receive, send))
+            await until(lambda: app.state.parts.scheduler.snapshot().running_images == 1)
+            sent.set()
+            await request
+            runtime.gate.set()
+            assert sample(app, "detector_images_total", outcome="cancelled") == 1
 
     run(ask())
