@@ -19,8 +19,9 @@ from model.data.records import DataError, DetectionSet
 from model.faster_rcnn import FasterRCNN, build_detector
 from model.presets import PRESETS, Preset
 from model.processes import Processes, start_processes, stop_processes
+from model.random_state import seed_everything
 from model.run_folder import RunFolder, command_line, environment, git_commit
-from model.trainer import Outcome, Trainer, TrainingError, seed_everything
+from model.trainer import Outcome, Trainer, TrainingError
 from model.training import train_config_from_dict
 
 INTERRUPTED = 130

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.advice import explosion_advice, memory_advice, worker_advice
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.data.loader import Batch, BatchPlan, training_batches
 from model.data.records import DetectionSet
@@ -28,6 +28,7 @@ from model.metrics.report import Report, evaluate_detections
 from model.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
 from model.processes import Processes
 from model.progress import TrainingProgress
+from model.random_state import rng_state, seed_everything, set_rng_state
 from model.run_folder import RunFolder
 from model.stopping import Interruption
 from model.training import TrainConfig
@@ -118,7 +119,8 @@ class Trainer:
         Raises:
             TrainingError: a loss that is no number or has exploded, or memory that does not suffice.
         """
-        seed_everything(self.config.seed + self.processes.rank) if self.position.batches_done == 0 else None
+        if self.position.batches_done == 0:
+            seed_everything(self.config.seed + self.processes.rank)
         if self.processes.leads:
             self.folder.rewind(self.position.batches_done)
         start = self.position
@@ -204,10 +206,7 @@ class Trainer:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise TrainingError(
-                f"a loader process died ({str(error).splitlines()[0]}). Too little memory or shared memory is the usual reason: lower "
-                f"training.workers (now {self.config.workers}; 0 loads in this process), or give a container more with --shm-size"
-            ) from error
+            raise TrainingError(worker_advice(self.config, str(error))) from error
 
     # -- one step -------------------------------------------------------------------------------------------------------------
 
@@ -273,17 +272,8 @@ class Trainer:
         fine_norm = np.isfinite(norm) or self.config.amp == "fp16"  # loss scaling meets an infinite gradient now and then
         if np.isfinite(total) and total <= self.config.loss_limit and fine_norm:
             return
-        raise TrainingError(self._explosion(step, losses, norm))
-
-    def _explosion(self, step: _Step, losses: list[float], norm: float) -> str:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(LOSSES, losses, strict=True))
-        saved = f"the last good state is in {self.folder.last}" if self.folder.last.exists() else "no checkpoint was written yet"
-        return (
-            f"the loss is {sum(losses):.4g} at batch {step.batch_number} ({shown}, gradient norm {norm:.4g}); "
-            f"its pictures: {', '.join(step.image_ids)}; {saved}. Try a lower rate (--set training.lr={self.config.lr / 3:.2g}), a longer "
-            f"warm-up (--set training.warmup_iterations={max(100, 2 * self.config.warmup_iterations)}), bf16 instead of fp16, and look at "
-            "the data with `python -m model.data check`"
-        )
+        numbers = {**dict(zip(LOSSES, losses, strict=True)), "gradient norm": norm}
+        raise TrainingError(explosion_advice(step.batch_number, total, numbers, step.image_ids, self.config, self.folder.last))
 
     @contextlib.contextmanager
     def _explained(self, batch: Batch) -> Iterator[None]:
@@ -293,12 +283,7 @@ class Trainer:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            config, (pictures, height, width) = self.config, batch.images.shape[:3]
-            raise TrainingError(
-                f"out of memory with {pictures} pictures of {width} x {height} a process. Lower training.batch_size (now "
-                f"{config.batch_size}) and raise training.accumulate (now {config.accumulate}) to keep their product, or lower "
-                f"detector.input.short_side, or on a GPU set training.amp=bf16 (now {config.amp}). Original: {str(error).splitlines()[0]}"
-            ) from error
+            raise TrainingError(memory_advice(tuple(batch.images.shape), self.config, str(error))) from error
 
     # -- validation -----------------------------------------------------------------------------------------------------------
 
@@ -382,27 +367,3 @@ class Trainer:
         self.scaler.load_state_dict(resume["scaler"])
         self.position = Position(**resume["position"])
         set_rng_state(resume["rng"][self.processes.rank])
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def rng_state() -> dict[str, Any]:
-    """States of all global generators as plain values, which pass between processes and into checkpoints alike."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state = {"torch": torch.get_rng_state().tolist(), "python": random.getstate(), "numpy": [name, list(map(int, keys)), *rest]}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state().tolist()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
