@@ -8,7 +8,7 @@ DEV := .venv/bin/python
 INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow train export bench soak lint format up requirements
+.PHONY: help serve test test-slow train export bench soak screenshots lint format up requirements
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -30,6 +30,12 @@ export: .venv/.ready  ## checkpoint to a served version: make export ARGS="runs/
 
 bench: .venv/.ready  ## measure the service against a bare loop of the runtime
 	$(DEV) -m benchmarks.serving $(ARGS)
+
+soak: .venv/.ready  ## good, bad, slow and vanishing clients with reloads for SOAK_MINUTES (30)
+	$(DEV) -m pytest -m soak tests/test_service_soak.py
+
+screenshots: .venv/.ready  ## take the pictures of the README anew
+	$(DEV) docs/screenshots.py
 
 lint: .venv/.ready  ## ruff and mypy
 	$(DEV) -m ruff check . && $(DEV) -m ruff format --check . && $(DEV) -m mypy
