@@ -53,10 +53,10 @@ def test_a_bound_below_one_image_is_refused_with_the_reason() -> None:
 
 def test_plan_counts_gpus_spares_cores_and_network() -> None:
     found = plan(GPU, fps=3000, p99_ms=60, spare=0.1, decode_ms=7.0, kilobytes=100)
-    assert found.gpus == -(-3000 // found.per_gpu_per_s)
+    assert 0 <= found.gpus + 3000 // -found.per_gpu_per_s <= 1  # rounded up, and one more where the whole fleet needs it
     assert found.spare == 1
     assert found.checked.gpus == found.gpus
-    assert found.checked.p99_ms < 60 * 1.15
+    assert found.checked.p99_ms <= 60
     assert found.cores == pytest.approx(3000 * 0.007 / 0.7)
     assert found.gigabits_per_s == pytest.approx(2.4)
     assert plan(GPU, fps=1, p99_ms=60, spare=0.0).spare == 0
