@@ -28,7 +28,7 @@ train: .venv/.ready  ## train on your data: make train ARGS="--data FOLDER --out
 export: .venv/.ready  ## checkpoint to a served version: make export ARGS="runs/mine/best.pt --name mine"
 	$(DEV) -m export $(ARGS)
 
-bench: .venv/.ready  ## measure the service against a bare loop of the runtime
+bench: .venv/.ready  ## our service beside other servers on one simulated device (needs requirements/bench.txt for the peers)
 	$(DEV) -m benchmarks.serving $(ARGS)
 
 soak: .venv/.ready  ## good, bad, slow and vanishing clients with reloads for SOAK_MINUTES (30)

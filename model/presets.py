@@ -34,7 +34,6 @@ COCO_1X = TrainConfig(
     milestones=(8, 11),
     warmup_iterations=1000,
     weight_decay=1e-4,
-    channels_last=True,
 )
 """The literature's 1x schedule: 90 k steps of 16 pictures."""
 
@@ -83,7 +82,6 @@ def mobilenet_v2_fpn(class_names: ClassNames) -> Preset:
         lr=0.01,
         warmup_iterations=100,
         ema_decay=0.995,
-        channels_last=True,
         augment=AugmentConfig(hflip=0.5, scale=(0.75, 1.33), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
     )
     return Preset(detector, training)

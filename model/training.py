@@ -60,7 +60,7 @@ class TrainConfig:
         amp: mixed precision on the device: "off", "bf16" or "fp16" (with loss scaling).
         group_by_aspect: batches hold pictures of one orientation, which saves padding.
         repeat_threshold: repeat-factor sampling (LVIS): classes in fewer than this part of the pictures are repeated; 0 is off.
-        sync_bn: batch norm over all processes.  channels_last: memory format of the network.
+        sync_bn: batch norm over all processes.
         validate_every: epochs between validations; the last epoch is always validated.
         early_stop_epochs: stop when validation AP has not risen for so many epochs; 0 is off.
         keep_last: how many checkpoints of the last epochs are kept beside best.pt.
@@ -92,7 +92,6 @@ class TrainConfig:
     group_by_aspect: bool = True
     repeat_threshold: float = 0.0
     sync_bn: bool = False
-    channels_last: bool = False
     validate_every: int = 1
     early_stop_epochs: int = 0
     keep_last: int = 2

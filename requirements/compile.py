@@ -10,7 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 JOBS = {
     "cpu": ["service", "cpu"],
     "gpu": ["service", "gpu"],
+    "train": ["service", "cpu", "train", "export"],
     "dev": ["service", "cpu", "train", "export", "test", "lint"],
+    "load": ["load"],
+    "bench": ["service", "cpu", "load", "peers"],
+    "ray": ["service", "cpu", "ray"],
+    "sbom": ["sbom"],
 }
 """File name -> dependency groups."""
 
