@@ -63,7 +63,9 @@ def build_graph(detector: FasterRCNN, options: GraphOptions) -> onnx.ModelProto:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = _trace(ready, options.opset)
-        model: onnx.ModelProto = onnxslim.slim(program.model_proto)
+        model: onnx.ModelProto = onnxslim.slim(
+            program.model_proto, no_shape_infer=True
+        )  # its inference hangs on VGG-16 and finds nothing else
     model.producer_name = "faster-rcnn-service"
     model.graph.name = detector.config.architecture
     problems = graph_problems(model)
