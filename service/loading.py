@@ -137,6 +137,8 @@ class Loader:
                 runtimes.append(self._open_runtime(path, device))
                 costs = warm_up(runtimes[-1], self._max_batch_size)
                 check_golden(runtimes[-1])
+                if isinstance(runtimes[-1], OnnxRuntime):
+                    runtimes[-1].trim()
         except Exception:
             for runtime in runtimes:
                 runtime.close()

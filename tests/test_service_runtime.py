@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import ROOT
 from service_fakes import FakeRuntime, detect_colours, make_manifest
 from service_onnx import colour_graph, golden, write_model
 
@@ -160,3 +163,21 @@ def test_golden_check_finds_an_extra_detection():
     runtime = FakeRuntime(make_manifest(golden=[golden(0.6 + 0.3 * 220 / 255).model_copy(update={"detections": []})]))
     with pytest.raises(GoldenMismatch, match="not expected"):
         check_golden(runtime)
+
+
+def resident_mib() -> float:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_trim_gives_a_large_batchs_memory_back_and_changes_no_answer():
+    runtime = OnnxRuntime(next((ROOT / "model_repository").glob("*/1/model.onnx")), provider="cpu")
+    images = np.random.default_rng(0).integers(0, 255, (4, 384, 512, 3), np.uint8)
+    sizes_hw = np.array([[384, 512]] * 4, np.int64)
+    before = runtime.run(images, sizes_hw)
+    held = resident_mib()
+    runtime.trim()
+    assert resident_mib() < held - 50
+    for found, expected in zip(runtime.run(images, sizes_hw), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
