@@ -20,6 +20,7 @@ from export.console import wide_console
 from export.graph import OPSETS, ExportError, GraphOptions
 from export.job import GateFailed, Job, export
 from export.pictures import Picture
+from export.source import checkpoint_file
 from export.version import VersionExistsError
 from model.checkpoint import CheckpointError, load_checkpoint
 from model.data.formats import READERS, open_dataset
@@ -31,6 +32,8 @@ from service.runtime import RuntimeLoadError
 EXAMPLES = """examples:
   python -m export runs/cells/best.pt --name blood-cells --repository model_repository
   python -m export runs/cells/best.pt --name blood-cells --repository model_repository --data VOC_FOLDER --split test
+  python -m export torchvision:fasterrcnn_mobilenet_v3_large_320_fpn --name coco
+  python -m export torchvision:fasterrcnn_resnet50_fpn --name coco --weights fasterrcnn_resnet50_fpn_coco.pth
   python -m export inspect model_repository/blood-cells/1/model.onnx
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test
   python -m export.audit model_repository/blood-cells/1/model.onnx --provider cpu
@@ -39,6 +42,8 @@ The version folder holds model.onnx (manifest and golden images inside), README.
 config.pbtxt (for Triton). It appears in one step after every gate has held; versions are numbered and never overwritten.
 Exit status: 0 published, 1 an error, 2 a gate failed, 130 interrupted; in all but the first case nothing is left behind.
 """
+KNOWN = (ExportError, CheckpointError, VersionExistsError, DataError, ImageError, ManifestError, RuntimeLoadError, OSError, ValueError)
+"""What ends with one sentence instead of a traceback."""
 PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -46,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a training run")
+    parser.add_argument("checkpoint", help="best.pt or last.pt of a training run, or torchvision:NAME for torchvision's COCO weights")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="with torchvision:NAME: its state dict, instead of fetching it")
     parser.add_argument("--name", required=True, help="model's name: lower case letters, digits, '.', '_', '-'")
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="model repository (default: model_repository)")
     parser.add_argument("--version", type=_positive, help="version number (default: the next free one)")
@@ -84,11 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, errors = wide_console(), Console(stderr=True, soft_wrap=True)
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        export(_job(options, f"python -m export {shlex.join(given)}"), console)
+        with checkpoint_file(options.checkpoint, options.weights) as options.checkpoint:
+            export(_job(options, f"python -m export {shlex.join(given)}"), console)
     except GateFailed as verdict:
         errors.print(f"error: the file does not answer as the network does; nothing was published\n{verdict}", markup=False)
         return 2
-    except (ExportError, CheckpointError, VersionExistsError, DataError, ImageError, ManifestError, RuntimeLoadError, ValueError) as error:
+    except KNOWN as error:
         errors.print(f"error: {error}", markup=False)
         return 1
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +24,22 @@ class WeightsError(ValueError):
     """A file of weights that does not fit the network."""
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
+def load_state(path: Path, *, option: str = "--backbone-weights") -> dict[str, Tensor]:
     """A state dict from a file, without running any code that the file might hold.
+
+    Args:
+        option: with which the user gives such a file, for the message.
 
     Raises:
         FileNotFoundError: no such file.
         WeightsError: it holds something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"weights {path} not found; give a torchvision state dict, for example with --backbone-weights FILE")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+        raise FileNotFoundError(f"weights {path} not found; give a torchvision state dict, for example with {option} FILE")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"{path} is no state dict: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError(f"{path} is no state dict: expected names with tensors")
     return dict(loaded)
@@ -104,3 +111,9 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         if state[name].shape != value.shape:
             raise WeightsError(f"{source}: {name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}")
     module.load_state_dict({name: state[name] for name in wanted}, strict=False)
+
+
+if __name__ == "__main__":
+    from model.coco import main  # here, since it builds detectors, and those load weights through this module
+
+    raise SystemExit(main())
