@@ -1,7 +1,8 @@
-"""A scripted incident, watched by a real Prometheus: `python -m benchmarks.incident --out FOLDER` (about a quarter of an hour).
+"""A scripted incident, watched by a real Prometheus: `python -m benchmarks.incident --out FOLDER` (about 18 minutes).
 
-Calm, then many more requests than the device can answer, calm, a broken model version, calm, a device that
-hangs and stays lost until it is repaired, calm. Writes what alerts fired when (incident.json) and what the dashboard showed (incident.png).
+Calm, then many more requests than the device can answer, calm, a broken model version, calm, a device that hangs and stays lost until it
+is repaired, calm, a service that nobody starts again. Writes what alerts fired when (incident.json) and what the dashboard showed
+(incident.png).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import matplotlib as mpl
 from benchmarks.live import ROOT, Prometheus, Service, free_port
 from service.auth import make_key
 
-CALM_S, OVERLOAD_S, HANG_S, LOST_S = 75.0, 210.0, 90.0, 60.0
+CALM_S, OVERLOAD_S, HANG_S, LOST_S, STOPPED_S = 75.0, 400.0, 90.0, 180.0, 75.0
+GAP_S = 5.0
+"""Alerts that are silent no longer than this are one span."""
 RESTART_S = 3.0
 """A supervisor waits this long before it starts the service again."""
 SETTINGS = {"provider": "cpu", "intra_op_threads": 1, "drain_seconds": 0, "canary_seconds": 5, "request_timeout_ms": 2000}
@@ -126,6 +129,9 @@ def play(folder: Path, repository: Path, rates: tuple[float, float], image_ms: f
         with Prometheus(folder / "prometheus", port) as prometheus:
             started = time.time()
             perform(story, supervised.service.url, key, models, state, rates)
+            story.phase("stopped")
+            supervised.stop()
+            time.sleep(STOPPED_S)
             return story, read_series(prometheus, started, time.time())
     finally:
         state.write_text("works")
@@ -187,15 +193,23 @@ def read_series(prometheus: Prometheus, start: float, end: float) -> dict[str, A
     return {"start": start, "end": end, "charts": charts, "alerts": prometheus.query_range('ALERTS{alertstate="firing"}', start, end)}
 
 
-def firing_spans(series: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Alert -> first and last moment at which it fired."""
-    spans: dict[str, tuple[float, float]] = {}
+def firing_spans(series: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Alert -> the spans in which it fired for any replica, earliest alert first."""
+    moments: dict[str, set[float]] = {}
     for alert in series["alerts"]:
-        name = alert["metric"]["alertname"]
-        times = [float(moment) for moment, _ in alert["values"]]
-        first, last = spans.get(name, (times[0], times[-1]))
-        spans[name] = (min(first, times[0]), max(last, times[-1]))
+        moments.setdefault(alert["metric"]["alertname"], set()).update(float(moment) for moment, _ in alert["values"])
+    spans = {name: _joined(sorted(times)) for name, times in moments.items()}
     return dict(sorted(spans.items(), key=lambda item: item[1]))
+
+
+def _joined(times: list[float]) -> list[tuple[float, float]]:
+    spans: list[tuple[float, float]] = []
+    for moment in times:
+        if spans and moment - spans[-1][1] <= GAP_S:
+            spans[-1] = (spans[-1][0], moment)
+        else:
+            spans.append((moment, moment))
+    return spans
 
 
 def report(story: Story, series: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +218,7 @@ def report(story: Story, series: dict[str, Any]) -> dict[str, Any]:
     return {
         "phases": [{"name": name.strip(), "from_s": round(at - start, 1)} for name, at in story.phases],
         "events": [{"at_s": round(at - start, 1), "text": text} for at, text in story.notes],
-        "alerts": {name: {"from_s": round(a - start, 1), "to_s": round(b - start, 1)} for name, (a, b) in firing_spans(series).items()},
+        "alerts": {name: [(round(a - start), round(b - start)) for a, b in spans] for name, spans in firing_spans(series).items()},
     }
 
 
@@ -223,8 +237,8 @@ def plot(story: Story, series: dict[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.legend(loc="upper left", fontsize=8)
     spans = firing_spans(series)
-    for row, (first, last) in enumerate(spans.values()):
-        axes[-1].barh(row, max(last - first, 1.0), left=first - start, color="tab:red")
+    for row, fired in enumerate(spans.values()):
+        axes[-1].broken_barh([(first - start, max(last - first, 1.0)) for first, last in fired], (row - 0.4, 0.8), color="tab:red")
     axes[-1].set_yticks(range(len(spans)), list(spans))
     axes[-1].set_xlabel("seconds")
     ends = [at for _, at in story.phases[1:]] + [series["end"]]

@@ -55,16 +55,16 @@ def test_spans_join_the_series_of_an_alert_and_count_from_the_start() -> None:
     series = {
         "start": 100.0,
         "alerts": [
-            {"metric": {"alertname": "B", "instance": "x"}, "values": [[130, "1"], [140, "1"]]},
-            {"metric": {"alertname": "B", "instance": "y"}, "values": [[120, "1"], [150, "1"]]},
+            {"metric": {"alertname": "B", "instance": "x"}, "values": [[120, "1"], [123, "1"], [150, "1"]]},
+            {"metric": {"alertname": "B", "instance": "y"}, "values": [[125, "1"], [128, "1"]]},
             {"metric": {"alertname": "A"}, "values": [[110, "1"]]},
         ],
     }
-    assert list(firing_spans(series).items()) == [("A", (110.0, 110.0)), ("B", (120.0, 150.0))]
+    assert list(firing_spans(series).items()) == [("A", [(110.0, 110.0)]), ("B", [(120.0, 128.0), (150.0, 150.0)])]
     told = report(Story(phases=[("calm ", 101.0)], notes=[(102.5, "event")]), series)
     assert told["phases"] == [{"name": "calm", "from_s": 1.0}]
     assert told["events"] == [{"at_s": 2.5, "text": "event"}]
-    assert told["alerts"]["B"] == {"from_s": 20.0, "to_s": 50.0}
+    assert told["alerts"]["B"] == [(20, 28), (50, 50)]
 
 
 def test_the_pointed_configuration_keeps_the_rules_and_looks_at_one_place() -> None:

@@ -177,7 +177,7 @@ BATCHING = [
     ),
     Panel(
         "Oldest in the queue",
-        "Age of the head of the queue. Climbs in a straight line: the device hangs.",
+        "Age of the head of the queue. High while the device is not busy: it hangs.",
         {"{{instance}}": f"detector_queue_oldest_age_seconds{{{SELECT}}}"},
         "s",
         width=6,
