@@ -80,14 +80,16 @@ def create_app(settings: Settings | None = None, *, runtime: Runtime | None = No
 
 
 def create_operations_app(parts: Parts) -> FastAPI:
-    """The application for `operations_port`: health, metrics and the admin routes. It shares the parts and starts nothing."""
+    """The application for `operations_port`: health, metrics, dashboard and admin routes. It shares the parts and starts nothing."""
     app = FastAPI(title="faster-rcnn-service operations", version=__version__, docs_url=None, redoc_url=None)
     app.state.parts = parts
     install_handlers(app)
     app.include_router(status_router(operations=True))
+    app.include_router(site.page_router(["/dashboard"]))  # it reads the /metrics beside it
     if parts.admin_keys is not None:
         app.include_router(admin.router)
         app.include_router(v2.admin_router)
+    app.router.routes.append(site.page_files())
     return app
 
 

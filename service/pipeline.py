@@ -116,7 +116,9 @@ class Pipeline:
     def _full(self, served: ServedVersion) -> QueueFull:
         wait_s = self._estimate_s(served)
         return QueueFull(
-            f"{self._images} images are being answered, which takes {wait_s:.2f} s; try again after that", retry_after_s=wait_s
+            f"as many images as are let in are being answered ({self._images}); one that came now would take about {wait_s:.1f} s, "
+            "so ask again after Retry-After",
+            retry_after_s=wait_s,
         )
 
     def _estimate_s(self, served: ServedVersion) -> float:

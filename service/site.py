@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -43,10 +44,11 @@ class _PageFiles(StaticFiles):
         return response
 
 
-def page_router() -> APIRouter:
-    """The pages. They are small and read once."""
+def page_router(paths: Iterable[str] = PAGE_FILES) -> APIRouter:
+    """The pages, or those at the given paths. They are small and read once."""
     router = APIRouter(include_in_schema=False)
-    for path, file in PAGE_FILES.items():
+    for path in paths:
+        file = PAGE_FILES[path]
         html = (PAGES / file).read_bytes()
 
         async def page(html: bytes = html) -> Response:

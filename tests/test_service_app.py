@@ -309,6 +309,8 @@ def test_metrics_and_admin_move_to_their_own_port(tmp_path):
                 assert (await operations.get("/v1/log-level", headers={"x-api-key": admin})).status_code == 200
                 assert (await operations.get("/v1/log-level")).status_code == 401
                 assert (await operations.post("/v1/detect")).status_code == 404
+                assert "dashboard.js" in (await operations.get("/dashboard")).text
+                assert (await operations.get("/static/dashboard.js")).status_code == 200
 
     run(scenario())
 
