@@ -143,7 +143,8 @@ async def _drive_open(client: Client, load: Load, choose: Callable[[], int], sta
         wait_s = due - time.perf_counter()
         if wait_s > NAP_S:
             await asyncio.sleep(wait_s)
-        client.fire(Exchange(choose(), due, ended.append))
+        # timers wake up to a millisecond early: what is sent before its time counts from then, or a latency could be negative
+        client.fire(Exchange(choose(), min(due, time.perf_counter()), ended.append))
     await _until_ended(ended, len(arrivals), load.timeout_s)
 
 

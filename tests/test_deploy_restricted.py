@@ -51,8 +51,10 @@ def _sandbox(repository: Path) -> list[str | Path]:
     if bwrap is None:
         pytest.skip("no bwrap here; install the Debian package `bubblewrap`")
     user = ["--unshare-user", "--uid", str(USER), "--gid", str(USER), "--cap-drop", "ALL"]
-    files = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--ro-bind", repository, "/tmp/models"]
-    command = [bwrap, "--unshare-pid", "--die-with-parent", *user, *files]
+    system = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp"]
+    # the checkout and this Python stay visible where they lie under /tmp themselves
+    own = [argument for place in (ROOT, sys.prefix, sys.base_prefix) for argument in ("--ro-bind", place, place)]
+    command = [bwrap, "--unshare-pid", "--die-with-parent", *user, *system, *own, "--ro-bind", repository, "/tmp/models"]
     probe = subprocess.run([*command, "true"], capture_output=True, text=True, check=False, timeout=30)
     if probe.returncode:
         pytest.skip(f"this machine lets nobody make namespaces: {probe.stderr.strip()}")
