@@ -8,13 +8,20 @@ DEV := .venv/bin/python
 INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow train export bench soak screenshots lint format up requirements
+.PHONY: help serve coco test test-slow train export bench soak screenshots lint format up requirements
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
 
 serve: .venv-serve/.$(DEVICE)  ## serve the bundled demo model on port 8000 (PORT=...)
 	DETECTOR_PORT=$(PORT) $(SERVE) -m service
+
+coco: model_repository/coco/1/model.onnx .venv-serve/.$(DEVICE)  ## torchvision's fastest detector of the 80 COCO classes: fetch, export, serve
+	DETECTOR_MODEL=coco DETECTOR_PORT=$(PORT) $(SERVE) -m service
+
+# Without a network: make coco ARGS="--weights FILE". A version 2 of a better network (--name coco) is served in its place.
+model_repository/coco/1/model.onnx: | .venv/.ready
+	$(DEV) -m export torchvision:fasterrcnn_mobilenet_v3_large_320_fpn --name coco --version 1 $(ARGS)
 
 test: .venv/.ready  ## the tests that CI runs
 	$(DEV) -m ruff check . && $(DEV) -m ruff format --check . && $(DEV) -m mypy && OMP_NUM_THREADS=1 $(DEV) -m pytest
