@@ -26,7 +26,8 @@ from export import pictures
 from export.graph import GraphOptions, build_graph, inference_copy
 from model.faster_rcnn import FasterRCNN, build_detector
 from model.presets import PRESETS
-from model.pretrained import load_state, load_torchvision
+from model.pretrained import load_torchvision
+from model.weights import load_state
 from service.manifest import Bucket
 
 mpl.use("Agg")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.checkpoint import save_checkpoint
-from model.coco import coco_checkpoint
+from model.pretrained import coco_checkpoint
 
 TORCHVISION = "torchvision:"
 

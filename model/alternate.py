@@ -31,12 +31,12 @@ from model.metrics.report import evaluate_detections
 from model.paper_proposals import ProposalOptions, rpn_proposals
 from model.paper_training import Recipe, fast_objective, paper_init, rpn_objective, train_stage
 from model.presets import PRESETS
-from model.pretrained import WeightsError
 from model.processes import start_processes
 from model.random_state import seed_everything
 from model.run_folder import command_line, git_commit
 from model.train import INTERRUPTED, preset_values, with_settings
 from model.trainer import TrainingError
+from model.weights import WeightsError
 
 PAPER_STEPS = (80_000, 40_000, 80_000, 40_000)
 """On VOC07, section "Schedules" of the releases."""

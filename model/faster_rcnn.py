@@ -15,10 +15,10 @@ from model.anchors import AnchorGenerator
 from model.backbones import Backbone
 from model.config import DetectorConfig
 from model.nms import NMS, greedy_nms
-from model.pretrained import load_imagenet
 from model.roi_heads import Detections, build_head, detect, roi_loss, sample_rois
 from model.roi_pool import RoIPooling, default_pooling
 from model.rpn import RPN, propose, rpn_loss
+from model.weights import load_imagenet
 
 
 class Targets(NamedTuple):
@@ -100,5 +100,5 @@ def build_detector(config: DetectorConfig, backbone_weights: Path | None = None)
     """
     detector = FasterRCNN(config)
     if backbone_weights is not None:
-        load_imagenet(detector, backbone_weights)
+        load_imagenet(detector.backbone, detector.head, backbone_weights)
     return detector.to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from torchvision_networks import save_network
 from export.__main__ import main
 from export.pictures import street
 from model import presets
-from model.coco import PUBLISHED
+from model.pretrained import PUBLISHED
 from service.images import assemble, prepare_pixels
 from service.runtime import OnnxRuntime
 

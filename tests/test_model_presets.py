@@ -12,7 +12,8 @@ from torchvision.models import detection
 from model.config import config_from_dict, to_dict
 from model.faster_rcnn import FasterRCNN, Targets, build_detector
 from model.presets import PRESETS
-from model.pretrained import WeightsError, load_torchvision
+from model.pretrained import load_torchvision
+from model.weights import WeightsError
 
 CLASSES = tuple(f"class{k}" for k in range(1, 91))
 TORCHVISION = {
