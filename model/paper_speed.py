@@ -1,0 +1,261 @@
+"""Table 5 and the comparison of the three generations: time a picture, stage by stage, all in one run on one machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.data.images import read_rgb
+from model.data.records import DetectionSet, Record
+from model.fast_rcnn import FastRCNN, deduplicate, original_frame, pad_proposals, read_input, to_input_frame
+from model.faster_rcnn import FasterRCNN
+from model.metrics.predictions import Prediction
+from model.paper_lab import Lab, mean_ap
+from model.paper_rcnn import Array, Features, RegionClassifier, crop_features, fit_regions, pyramid_detector, pyramid_features
+from model.paper_training import fast_objective, train_stage
+from model.proposals import selective_search
+from model.roi_heads import detect
+from model.rpn import Proposals, propose
+
+STAGES = ("conv", "proposal", "region", "total")
+
+_Published = tuple[float | None, float | None, float | None, float | None]
+
+PUBLISHED: dict[tuple[str, str], tuple[_Published, float | None]] = {
+    ("R-CNN", "vgg16"): ((None, None, None, 50_000.0), 66.0),
+    ("Fast", "vgg16"): ((146.0, 1510.0, 174.0, 1830.0), 66.9),
+    ("Faster", "vgg16"): ((141.0, 10.0, 47.0, 198.0), 69.9),
+    ("Faster", "zf"): ((31.0, 3.0, 25.0, 59.0), 59.9),
+}
+"""(system, network) -> milliseconds a picture by stage on a K40, and mean average precision on VOC07 test."""
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """Milliseconds a picture.
+
+    Attributes:
+        published: conv, proposal, region-wise and total on a K40; None where the paper has no such number.
+        ours: medians over the pictures, by stage.
+        accuracy: mean average precision, where it was asked for.
+    """
+
+    label: str
+    published: _Published
+    ours: dict[str, float]
+    accuracy: float | None = None
+    published_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """How much is measured.
+
+    Attributes:
+        pictures: of the test set, one more being run before to warm up.
+        fit_pictures: training pictures of the SVMs.
+        crops: R-CNN runs so many of its regions and the time is scaled to all of them; None: all.
+        large, small: the two networks, VGG-16 and ZF in the paper.
+        accuracy: also train, and score the pictures that are timed.
+    """
+
+    pictures: int
+    fit_pictures: int
+    crops: int | None
+    large: str
+    small: str
+    accuracy: bool
+
+
+class Clock:
+    """Times the stages of a picture; waits for the device at each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stages = dict.fromkeys(STAGES[:-1], 0.0)
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def stop(self, stage: str, factor: float = 1.0) -> None:
+        """What passed since the last stop belongs to this stage, times a factor."""
+        now = self._now()
+        self.stages[stage] += 1000 * (now - self._last) * factor
+        self._last = now
+
+
+System = Callable[[Record, Clock], Prediction | None]
+"""Detects on one picture and stops the clock after each stage."""
+
+
+def speed_table(lab: Lab, options: SpeedOptions) -> list[SpeedRow]:
+    """All systems on the same pictures, one after the other on each picture, so that a busy machine disturbs them alike.
+
+    Raises:
+        ValueError: the two networks are one.
+    """
+    if options.large == options.small:
+        raise ValueError(f"table 5 compares two networks, but both are {options.large}; give another --other-preset")
+    test = lab.sets.test.with_records(lab.sets.test.records[: options.pictures])
+    systems = _systems(lab, options)
+    device = torch.device(lab.setup.device)
+    times: dict[str, list[dict[str, float]]] = {label: [] for label, *_ in systems}
+    found: dict[str, list[Prediction | None]] = {label: [] for label, *_ in systems}
+    for number, record in enumerate([test.records[0], *test.records]):
+        for label, system, *_ in systems:
+            clock = Clock(device)
+            prediction = system(record, clock)
+            if number:  # the first picture only warms up
+                times[label].append({**clock.stages, "total": sum(clock.stages.values())})
+                found[label].append(prediction)
+        lab.setup.say(f"  timed {number}/{len(test)} pictures")
+    return [
+        SpeedRow(label, published, _medians(times[label]), _accuracy(lab, options, test, found[label]), accuracy)
+        for label, _, published, accuracy in systems
+    ]
+
+
+def ratios(rows: Sequence[SpeedRow]) -> dict[str, float]:
+    """How many times faster than R-CNN each system with the large network is; published: Fast 25, Faster 250."""
+    totals = {row.label: row.ours["total"] for row in rows}
+    slowest = next(value for label, value in totals.items() if label.startswith("R-CNN"))
+    return {label: slowest / value for label, value in totals.items()}
+
+
+def _medians(times: list[dict[str, float]]) -> dict[str, float]:
+    return {stage: float(np.median([picture[stage] for picture in times])) for stage in STAGES}
+
+
+def _accuracy(lab: Lab, options: SpeedOptions, test: DetectionSet, found: list[Prediction | None]) -> float | None:
+    whole = [prediction for prediction in found if prediction is not None]
+    return mean_ap(test, whole) if options.accuracy and len(whole) == len(test) else None
+
+
+def _systems(lab: Lab, options: SpeedOptions) -> list[tuple[str, System, _Published, float | None]]:
+    large, small = options.large, options.small
+    fast = lab.fast(large) if options.accuracy else _untrained(lab, large)
+    spp = _spp(lab, fast, options)
+    train = lab.sets.train.with_records(lab.sets.train.records[: options.fit_pictures])
+    proposals = lab.searched_boxes(train)
+    lab.setup.say(f"  SVMs and regressors on {len(train)} pictures, for R-CNN and SPP-net")
+    crops, pyramid = crop_features(fast), pyramid_features(spp)
+    return [
+        (f"R-CNN, {large}, SS", rcnn(lab, crops, fit_regions(train, proposals, crops), options.crops), *_published("R-CNN", large)),
+        (f"SPP-net, {large}, SS", spp_net(lab, pyramid, fit_regions(train, proposals, pyramid)), *_published("SPP-net", large)),
+        (f"Fast R-CNN, {large}, SS", fast_rcnn(lab, fast), *_published("Fast", large)),
+        (f"Faster R-CNN, {large}, RPN", faster_rcnn(_whole(lab, large, options)), *_published("Faster", large)),
+        (f"Faster R-CNN, {small}, RPN", faster_rcnn(_whole(lab, small, options)), *_published("Faster", small)),
+    ]
+
+
+def _published(system: str, network: str) -> tuple[_Published, float | None]:
+    return PUBLISHED.get((system, network), ((None, None, None, None), None))
+
+
+def _untrained(lab: Lab, preset: str) -> FasterRCNN:
+    return lab.alternation("timing", lab.config(preset), lab.sets.train, Path(), preset).new_detector()
+
+
+def _whole(lab: Lab, preset: str, options: SpeedOptions) -> FasterRCNN:
+    if not options.accuracy:
+        return _untrained(lab, preset)
+    return lab.shared(f"shared {preset}", lab.config(preset), preset=preset)
+
+
+def _spp(lab: Lab, fast: FasterRCNN, options: SpeedOptions) -> FasterRCNN:
+    """SPP-net's convolutions stay as they are; with `accuracy` its head learns."""
+    spp = pyramid_detector(fast)
+    if options.accuracy:
+        proposals = lab.searched_boxes(lab.sets.train)
+        recipe = lab.plan.recipes[1]
+        train_stage(spp, [spp.head], fast_objective(spp), lab.sets.train, recipe, seed=lab.seed, proposals=proposals)
+    return spp
+
+
+def _search(lab: Lab, record: Record, clock: Clock) -> Array:
+    """Selective Search, done again however full the cache is: its time is what is asked for."""
+    rgb = read_rgb(record.path, expected_hw=record.size_hw)
+    clock.stop("conv", 0.0)  # reading a picture counts for nobody
+    boxes = selective_search(rgb, lab.setup.search).boxes
+    clock.stop("proposal")
+    return boxes
+
+
+def rcnn(lab: Lab, features: Features, classifier: RegionClassifier, crops: int | None) -> System:
+    """Every region through the whole network; nothing is shared, so all of it counts as region-wise."""
+
+    def system(record: Record, clock: Clock) -> Prediction | None:
+        boxes = _search(lab, record, clock)
+        run = boxes if crops is None else boxes[:crops]
+        prediction = classifier.detect(record, run, features(record, run))
+        clock.stop("region", len(boxes) / max(1, len(run)))
+        return prediction if len(run) == len(boxes) else None
+
+    return system
+
+
+def spp_net(lab: Lab, features: Features, classifier: RegionClassifier) -> System:
+    """One map, a spatial pyramid a region, then the SVMs; reading and the map's time stand under region-wise."""
+
+    def system(record: Record, clock: Clock) -> Prediction | None:
+        boxes = _search(lab, record, clock)
+        prediction = classifier.detect(record, boxes, features(record, boxes))
+        clock.stop("region")
+        return prediction
+
+    return system
+
+
+def fast_rcnn(lab: Lab, detector: FasterRCNN) -> System:
+    """One map, RoIPool, one head for class and box."""
+    fast, frame, roi = FastRCNN(detector).eval(), detector.config.input, detector.config.roi
+    device = next(detector.parameters()).device
+
+    @torch.inference_mode()
+    def system(record: Record, clock: Clock) -> Prediction | None:
+        boxes = _search(lab, record, clock)
+        image, size_hw = (part.to(device) for part in read_input(record, frame.short_side, frame.long_side))
+        clock.stop("conv", 0.0)
+        levels = detector.backbone(detector.normalize(image, size_hw))
+        clock.stop("conv")
+        height, width = size_hw[0].tolist()
+        rois = pad_proposals([deduplicate(to_input_frame(boxes, record.size_hw, (height, width)))])
+        proposals = Proposals(rois.boxes.to(device), rois.valid.to(device))
+        logits, deltas = detector.head(fast.pool(levels, proposals.boxes, (image.shape[1], image.shape[2])))
+        detections = detect(logits, deltas, proposals, size_hw, roi, detector.nms)
+        clock.stop("region")
+        return original_frame(detections, record, (height, width))
+
+    return system
+
+
+def faster_rcnn(detector: FasterRCNN) -> System:
+    """The whole network, stopped between its parts."""
+    fast, frame, config = FastRCNN(detector).eval(), detector.config.input, detector.config
+    device = next(detector.parameters()).device
+
+    @torch.inference_mode()
+    def system(record: Record, clock: Clock) -> Prediction | None:
+        image, size_hw = (part.to(device) for part in read_input(record, frame.short_side, frame.long_side))
+        clock.stop("conv", 0.0)
+        frame_hw = (image.shape[1], image.shape[2])
+        levels = detector.backbone(detector.normalize(image, size_hw))
+        clock.stop("conv")
+        anchors = detector.anchors(levels, frame_hw)
+        proposals = propose(detector.rpn(levels), anchors, size_hw, config.rpn, detector.nms, training=False)
+        clock.stop("proposal")
+        logits, deltas = detector.head(fast.pool(levels, proposals.boxes, frame_hw))
+        detections = detect(logits, deltas, proposals, size_hw, config.roi, detector.nms)
+        clock.stop("region")
+        height, width = size_hw[0].tolist()
+        return original_frame(detections, record, (height, width))
+
+    return system
