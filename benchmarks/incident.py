@@ -247,7 +247,7 @@ def plot(story: Story, series: dict[str, Any], path: Path) -> None:
             if not name.startswith("calm") and name != "repaired":
                 axis.axvspan(at - start, until - start, color="tab:orange", alpha=0.15)
     for name, at in story.phases:
-        axes[0].text(at - start, axes[0].get_ylim()[1], name, fontsize=8, va="bottom")
+        axes[0].text(at - start, axes[0].get_ylim()[1], name, fontsize=8, va="bottom", rotation=15)
     figure.savefig(path, dpi=100)
 
 
