@@ -60,7 +60,8 @@ class Plan:
 
     Attributes:
         variant: "python": step 4 starts from the snapshot of step 3, its class and box layers anew. "matlab": steps 3 and 4 both start
-            from the detector of step 2, heads included, and background RoIs overlap some object by at least 0.1.
+            from the detector of step 2, heads included, and background RoIs overlap some object by at least 0.1. That release also
+            normalised the RPN's targets by their mean and deviation; here both variants learn them as they are.
         recipes: of the four steps.
     """
 
