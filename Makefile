@@ -8,7 +8,7 @@ DEV := .venv/bin/python
 INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help serve coco test test-slow train export bench soak screenshots lint format up requirements
+.PHONY: help serve coco test test-slow test-image train export bench soak screenshots lint format up requirements
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -28,6 +28,9 @@ test: .venv/.ready  ## the tests that CI runs
 
 test-slow: .venv/.ready  ## the proofs that take minutes
 	$(DEV) -m pytest -m "slow and not gpu"
+
+test-image: .venv/.ready  ## build and start the CPU image without Docker (root; Debian's buildah, debootstrap, bubblewrap)
+	$(DEV) -m pytest -m slow tests/test_deploy_image.py
 
 train: .venv/.ready  ## train on your data: make train ARGS="--data FOLDER --out runs/mine"
 	$(DEV) -m model.train $(ARGS)
