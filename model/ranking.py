@@ -25,8 +25,8 @@ def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows `[B, k, ...]` of `values` `[B, N, ...]` (or `[N, ...]`, shared by all images) at `index` `[B, k]`."""
-    if values.dim() == 2 and index.dim() == 2 and values.shape[-1] == 4:
-        return values[index]  # shared by all images
+    """Rows at `index` `[B, k]`, of each image's own `values` `[B, N, C, ...]` or of `[N, C]` that all images share: `[B, k, C, ...]`."""
+    if values.dim() == 2:
+        return values[index]
     expanded = index.reshape(*index.shape, *([1] * (values.dim() - 2))).expand(*index.shape, *values.shape[2:])
     return values.gather(1, expanded)
