@@ -11,7 +11,8 @@ from pathlib import Path
 
 from service.golden import GoldenMismatch, check_golden
 from service.manifest import Bucket, Manifest, ManifestError
-from service.runtime import CostTable, OnnxRuntime, Runtime, RuntimeLoadError, file_sha256, warm_up
+from service.runtime import CostTable, OnnxRuntime, Runtime, RuntimeLoadError, file_sha256
+from service.warm_up import warm_up
 
 MODEL_FILE = "model.onnx"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

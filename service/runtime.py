@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -39,14 +38,6 @@ DEVICE_LOST_WORDS = (
     "cuda failure 719",
     "cudnn_status_execution_failed",
 )
-
-WORTHWHILE = 0.95
-"""A larger batch must cost less than this share of the best time an image so far."""
-TIMED_RUNS = 3
-LONG_RUN_S = 0.03
-"""A run that takes longer is timed once: the scheduler follows the real times anyway, and a start should take seconds."""
-LONGEST_RUN_S = 1.0
-"""No larger batch is tried after one that took longer: nobody wants to wait for it."""
 
 CostTable = dict[tuple[Bucket, int], float]
 """Seconds of one inference by (bucket, batch size)."""
@@ -294,33 +285,3 @@ def file_sha256(path: Path) -> str:
     """Digest of a model file, lower-case hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def warm_up(runtime: Runtime, max_batch_size: int) -> CostTable:
-    """Run every bucket at batch sizes 1, 2, 4, ... and time it: the first run pays for allocation and algorithm search.
-
-    A bucket's sizes end where a doubling brought nothing an image (a CPU): larger batches would only add latency, and minutes to the start.
-    """
-    table: CostTable = {}
-    for bucket in runtime.manifest.input.buckets:
-        best, size = float("inf"), 1
-        while size <= max_batch_size:
-            table[bucket, size] = _time_one(runtime, bucket, size)
-            per_image = table[bucket, size] / size
-            if per_image > WORTHWHILE * best or table[bucket, size] > LONGEST_RUN_S:
-                break
-            best, size = per_image, 2 * size
-    return table
-
-
-def _time_one(runtime: Runtime, bucket: Bucket, batch_size: int) -> float:
-    height, width = bucket
-    images = np.full((batch_size, height, width, 3), 114, np.uint8)
-    sizes_hw = np.tile(np.array([[height, width]], np.int64), (batch_size, 1))
-    runtime.run(images, sizes_hw)
-    times: list[float] = []
-    while not times or (len(times) < TIMED_RUNS and times[0] < LONG_RUN_S):
-        started = time.perf_counter()
-        runtime.run(images, sizes_hw)
-        times.append(time.perf_counter() - started)
-    return min(times)

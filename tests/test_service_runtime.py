@@ -22,8 +22,8 @@ from service.runtime import (
     _BoundInputs,
     classify_device_error,
     provider_candidates,
-    warm_up,
 )
+from service.warm_up import warm_up
 
 BATCHES = [(1, 96, 160), (2, 160, 96), (3, 128, 128), (7, 96, 160)]
 
@@ -151,6 +151,30 @@ def test_warm_up_times_every_bucket_and_stops_where_batches_bring_nothing():
 def test_warm_up_goes_to_the_largest_batch_where_batching_pays():
     constant = FakeRuntime(seconds=0.003)
     assert {size for _, size in warm_up(constant, 8)} == {1, 2, 4, 8}
+
+
+def shapes_run_in_warm_up(runtime: FakeRuntime, max_batch_size: int) -> set[tuple[int, tuple[int, int]]]:
+    shapes = set()
+    runtime.before_run = lambda images: shapes.add((len(images), images.shape[1:3]))
+    warm_up(runtime, max_batch_size)
+    return shapes
+
+
+def test_every_shape_is_run_on_a_device_that_prepares_itself_for_shapes():
+    runtime = FakeRuntime(seconds=0.003)
+    assert shapes_run_in_warm_up(runtime, 4) == {(size, bucket) for size in (1, 2, 4) for bucket in runtime.manifest.input.buckets}
+
+
+def test_a_cpu_runs_the_smallest_and_the_largest_bucket_and_reckons_the_rest():
+    buckets = [(96, 160), (128, 160), (160, 160), (160, 96)]
+    runtime = FakeRuntime(make_manifest(input=make_manifest().input.model_copy(update={"buckets": buckets})), seconds=0.003)
+    runtime.provider = "cpu"
+    table = warm_up(runtime, 4)
+    assert set(table) == {(bucket, size) for bucket in buckets for size in (1, 2, 4)}
+    assert table[(160, 96), 2] == table[(96, 160), 2]
+    smallest, middle, largest = (table[bucket, 1] for bucket in buckets[:3])
+    assert middle == pytest.approx((smallest + largest) / 2)
+    assert shapes_run_in_warm_up(runtime, 4) == {(1, (96, 160)), (2, (96, 160)), (4, (96, 160)), (1, (160, 160))}
 
 
 def test_golden_images_pass_and_fail(tmp_path):
