@@ -14,6 +14,7 @@ from torchvision.ops import roi_align, roi_pool
 
 from model import boxes as box_ops
 from model.config import RoIConfig
+from model.precision import at_least_fp32
 
 BORDER = 1
 """Replicated cells above and left of each level on the canvas: bilinear samples at its edge see what clamping would give."""
@@ -101,15 +102,17 @@ def _per_level(values: Sequence[float | int], levels: Tensor, like: Tensor) -> T
 
 
 def _align(feature: Tensor, rois: Tensor, scale: float, config: RoIConfig) -> Tensor:
+    """RoIAlign in at least fp32: a coordinate of 300 is only known to 2 pixels in bf16."""
+    exact = at_least_fp32(feature)
     pooled: Tensor = roi_align(
-        feature,
-        _with_batch_index(rois).to(feature.dtype),
+        exact,
+        _with_batch_index(rois).to(exact.dtype),
         config.pool_size,
         spatial_scale=scale,
         sampling_ratio=config.sampling_ratio,
         aligned=config.pool == "align",
     )
-    return pooled
+    return pooled.to(feature.dtype)
 
 
 def pool_by_max(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
@@ -117,8 +120,9 @@ def pool_by_max(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, 
     if len(features) != 1:
         raise ValueError(f"RoIPool is defined on one feature map, but {len(features)} came; choose pool 'align'")
     scale = 1.0 / _strides(features, padded_hw)[0]
-    pooled: Tensor = roi_pool(features[0], _with_batch_index(rois).to(features[0].dtype), config.pool_size, spatial_scale=scale)
-    return pooled
+    exact = at_least_fp32(features[0])
+    pooled: Tensor = roi_pool(exact, _with_batch_index(rois).to(exact.dtype), config.pool_size, spatial_scale=scale)
+    return pooled.to(features[0].dtype)
 
 
 def default_pooling(config: RoIConfig) -> RoIPooling:
