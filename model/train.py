@@ -196,7 +196,7 @@ def _load_matching(detector: FasterRCNN, path: Path, say: Callable[[str], None])
 
 
 def _announce(values: dict[str, Any], train_set: DetectionSet, val_set: DetectionSet | None, trainer: Trainer) -> None:
-    parameters = sum(parameter.numel() for parameter in trainer.detector.parameters())
+    parameters = sum(parameter.numel() for parameter in trainer.learner.detector.parameters())
     print(f"{values['preset']}: {parameters / 1e6:.1f} M parameters, {len(train_set.class_names)} classes, on {trainer.processes.device}")
     for part in filter(None, (train_set, val_set)):
         print(f"{part.name}: {len(part)} pictures, {sum(len(record.labels) for record in part.records)} boxes, {len(part.skipped)} skipped")

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from model.advice import explosion_advice, memory_advice, worker_advice
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.data.loader import Batch, BatchPlan, training_batches
 from model.data.records import DetectionSet
-from model.faster_rcnn import FasterRCNN, Targets
+from model.faster_rcnn import FasterRCNN
 from model.inference import predict
+from model.learner import LOSSES, Learner
 from model.metrics.report import Report, evaluate_detections
-from model.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
+from model.optimization import learning_rate
 from model.processes import Processes
 from model.progress import TrainingProgress
 from model.random_state import rng_state, seed_everything, set_rng_state
@@ -33,8 +33,6 @@ from model.run_folder import RunFolder
 from model.stopping import Interruption
 from model.training import TrainConfig
 
-LOSSES = ("rpn_cls", "rpn_reg", "roi_cls", "roi_reg")
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AGREE_EVERY = 20
 """With several processes, batches between two agreements on stopping and saving; each costs a round trip."""
 
@@ -61,7 +59,6 @@ class Position:
     epoch: int = 0
     batch: int = 0
     batches_done: int = 0
-    optimizer_steps: int = 0
     best_ap: float = -1.0
     best_epoch: int = -1
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOSSES, 0.0))
@@ -93,15 +90,10 @@ class Trainer:
     ) -> None:
         self.train_set, self.val_set, self.config, self.folder, self.processes = train, val, config, folder, processes
         self.facts = facts
-        self.detector = detector.to(processes.device)
-        if config.sync_bn and processes.world > 1:
-            if processes.device.type != "cuda":
-                raise TrainingError("training.sync_bn needs CUDA devices; leave it off on CPUs (--set training.sync_bn=false)")
-            self.detector = nn.SyncBatchNorm.convert_sync_batchnorm(self.detector)  # type: ignore[no-untyped-call]
-        self.average = MovingAverage(self.detector, config.ema_decay) if config.ema_decay else None
-        self.parallel: nn.Module = DistributedDataParallel(self.detector) if processes.world > 1 else self.detector
-        self.optimizer = build_optimizer(self.detector, config)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16" and processes.device.type == "cuda")
+        try:
+            self.learner = Learner(detector, config, processes)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         self.plan = BatchPlan.of(train, config)
         self.position = Position()
         self.report: Report | None = None
@@ -126,7 +118,7 @@ class Trainer:
         start = self.position
         batches = training_batches(
             self.train_set,
-            self.detector.config.input,
+            self.learner.detector.config.input,
             self.config,
             first_epoch=start.epoch,
             first_batch=start.batch,
@@ -151,7 +143,7 @@ class Trainer:
         """One epoch from the current position; False if it was interrupted."""
         position = self.position
         length = len(self.plan.batches(position.epoch))
-        self.parallel.train()
+        self.learner.parallel.train()
         while position.batch < length:
             started = time.perf_counter()
             batch = self._next(batches)
@@ -183,7 +175,7 @@ class Trainer:
             self.folder.keep_epoch(epoch + 1, self.config.keep_last)
             if better:
                 save_checkpoint(self.folder.best, self._checkpoint(resume=None))
-        self.parallel.train()
+        self.learner.parallel.train()
 
     def _tired(self) -> bool:
         patience = self.config.early_stop_epochs
@@ -211,39 +203,9 @@ class Trainer:
     # -- one step -------------------------------------------------------------------------------------------------------------
 
     def _step(self, batch: Batch, progress: float, *, last_of_step: bool) -> None:
-        config, device = self.config, self.processes.device
-        rate = learning_rate(self.position.optimizer_steps, progress, config)
-        set_learning_rate(self.optimizer, rate)
-        targets = Targets(batch.targets.boxes.to(device, non_blocking=True), batch.targets.labels.to(device, non_blocking=True))
-        images, sizes_hw = batch.images.to(device, non_blocking=True), batch.image_sizes_hw.to(device, non_blocking=True)
-        amp = torch.autocast(device.type, AMP_TYPES.get(config.amp, torch.bfloat16), enabled=config.amp != "off")
-        with self._without_sync(last_of_step):
-            with amp:
-                losses = self.parallel(images, sizes_hw, targets)
-                total = sum(losses[name] for name in LOSSES)
-            self.scaler.scale(total / config.accumulate).backward()
-        norm = self._update() if last_of_step else torch.zeros((), device=device)
-        numbers = torch.stack([*(losses[name].detach().float() for name in LOSSES), norm.detach().float()])
-        self._pending.append(_Step(self.position.batches_done + 1, batch.image_ids, self.processes.mean(numbers), rate))
-
-    def _without_sync(self, last_of_step: bool) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.parallel, DistributedDataParallel) and not last_of_step:
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
-
-    def _update(self) -> Tensor:
-        """One optimizer step; returns the gradient's norm before clipping (0 where it is not needed)."""
-        norm = torch.zeros((), device=self.processes.device)
-        if self.config.clip_norm:
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.config.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.position.optimizer_steps += 1
-        if self.average is not None:
-            self.average.update(self.detector)
-        return norm
+        rate = learning_rate(self.learner.optimizer_steps, progress, self.config)
+        numbers = self.learner.step(batch, rate, last_of_step=last_of_step)
+        self._pending.append(_Step(self.position.batches_done + 1, batch.image_ids, numbers, rate))
 
     def _read_pending(self, *, keep: int, waited: float = 0.0, started: float | None = None) -> None:
         """Reads finished steps from the device. One step may stay behind, so that a GPU never waits for this."""
@@ -291,9 +253,8 @@ class Trainer:
         """Validates the moving average (or the weights); True if it is the best so far. All processes share the work."""
         assert self.val_set is not None
         started = time.perf_counter()
-        evaluated = self.average.detector if self.average is not None else self.detector
         mine = list(range(self.processes.rank, len(self.val_set), self.processes.world))
-        parts = self.processes.gather(dict(zip(mine, predict(evaluated, self.val_set, indices=mine), strict=True)))
+        parts = self.processes.gather(dict(zip(mine, predict(self.learner.best_weights, self.val_set, indices=mine), strict=True)))
         predictions = {index: prediction for part in parts for index, prediction in part.items()}
         ordered = [predictions[index] for index in range(len(self.val_set))]
         self.report = evaluate_detections(self.val_set, ordered)
@@ -332,19 +293,16 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _checkpoint(self, resume: dict[str, Any] | None) -> Checkpoint:
-        source = self.average.detector if self.average is not None else self.detector
+        source = self.learner.best_weights
         metrics = self.report.to_dict() if self.report is not None else {}
         training = {**self.facts, "epoch": self.position.epoch, "metrics": metrics}
-        return Checkpoint(source.state_dict(), self.detector.config, training, resume)
+        return Checkpoint(source.state_dict(), source.config, training, resume)
 
     def _resume_state(self, rng: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "train_config": dataclasses.asdict(self.config),
-            "position": dataclasses.asdict(self.position),
-            "detector": self.detector.state_dict() if self.average is not None else None,
-            "average_steps": self.average.steps if self.average is not None else 0,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "position": {**dataclasses.asdict(self.position), "optimizer_steps": self.learner.optimizer_steps},
+            **self.learner.resume_state(),
             "rng": rng,
         }
 
@@ -359,11 +317,7 @@ class Trainer:
             raise TrainingError(f"{self.folder.last} is for inference only and cannot be resumed")
         if len(resume["rng"]) != self.processes.world:
             raise TrainingError(f"the run was made by {len(resume['rng'])} processes, this is {self.processes.world}; start as many")
-        self.detector.load_state_dict(resume["detector"] or checkpoint.detector)
-        if self.average is not None:
-            self.average.detector.load_state_dict(checkpoint.detector)
-            self.average.steps = resume["average_steps"]
-        self.optimizer.load_state_dict(resume["optimizer"])
-        self.scaler.load_state_dict(resume["scaler"])
-        self.position = Position(**resume["position"])
+        position = dict(resume["position"])
+        self.learner.restore(checkpoint.detector, resume, position.pop("optimizer_steps"))
+        self.position = Position(**position)
         set_rng_state(resume["rng"][self.processes.rank])
