@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import Metric, UnknownMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+from service.exposition import Exposition
 
 REQUEST_SECONDS = (0.0025, 0.005, 0.01, 0.015, 0.025, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 STAGE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, *REQUEST_SECONDS)
@@ -39,6 +41,7 @@ class Metrics:
         self._add_model_metrics()
         if triton_aliases:
             self.registry.register(_TritonAliases(self))
+        self._exposition = Exposition(self.registry)
 
     def _add_request_metrics(self) -> None:
         self.request_seconds = Histogram(
@@ -131,7 +134,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """The exposition text."""
-        return generate_latest(self.registry)
+        return self._exposition.render()
 
 
 class _TritonAliases(Collector):

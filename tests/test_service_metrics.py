@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import re
 
+from prometheus_client import generate_latest
+
 from service.metrics import REQUEST_SECONDS, Metrics
 
 # From the list of names that dashboards, alerts and autoscaling are written against.
@@ -88,3 +90,19 @@ def test_aliases_only_by_choice_and_equal_to_ours():
     for line in ("nv_inference_request_success 3.0", "nv_inference_request_failure 2.0", "nv_inference_exec_count 1.0"):
         assert line in text
     assert "nv_inference_queue_duration_us 2000.0" in text
+
+
+def _still(text: bytes) -> list[bytes]:
+    """Without what the process itself changes between two looks."""
+    return [line for line in text.splitlines() if not line.startswith(b"process_")]
+
+
+def test_the_text_is_the_librarys_own_at_every_scrape():
+    metrics = used(triton_aliases=True)
+    metrics.model_info.labels('a "quoted\\name"', "two\nlines", "", "cpu").set(1)
+    for depth in (0.0, 1e9, 0.1 + 0.2, float("inf")):
+        metrics.inflight_requests.set(depth)
+        metrics.request_seconds.labels("/v1/detect", "POST", 503).observe(depth)
+        assert _still(metrics.render()) == _still(generate_latest(metrics.registry))
+    metrics.model_info.remove('a "quoted\\name"', "two\nlines", "", "cpu")
+    assert _still(metrics.render()) == _still(generate_latest(metrics.registry))
