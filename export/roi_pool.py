@@ -1,8 +1,12 @@
-"""RoIPool with standard operators: MaxRoiPool has no CUDA kernel, so its maxima are looked up in a sparse table.
+"""RoI pooling with standard operators, where an export does better than with the operator that is there.
 
 B images, R RoIs an image, C channels, (H, W) the feature map, s the pooled size, T levels of the table.
-The maximum of any rectangle is the maximum of four (overlapping) rectangles whose sides are powers of two; those maxima are computed
-once for every cell, by doubling.
+
+RoIPool: MaxRoiPool has no CUDA kernel, so its maxima are looked up in a sparse table. The maximum of any rectangle is the maximum of four
+(overlapping) rectangles whose sides are powers of two; those maxima are computed once for every cell, by doubling.
+
+RoIAlign: bilinear sampling on a grid is separable, rows @ map @ columns. On a small map two matrix products cost a CPU less than the
+operator, which looks every sample up by itself.
 """
 
 from __future__ import annotations
@@ -11,11 +15,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import RoIConfig
-from model.roi_pool import RoIPooling
+from model.faster_rcnn import FasterRCNN
+from model.precision import at_least_fp32
+from model.roi_heads import TwoFC
+from model.roi_pool import RoIPooling, first_level_alone
+
+COARSE_STRIDE = 32
+"""From here on a map has few enough cells for products: their cost grows with it, the operator's does not."""
 
 
 def table_pooling(largest_side_px: int, stride: int, pool_size: int = 7) -> RoIPooling:
@@ -31,6 +41,65 @@ def table_pooling(largest_side_px: int, stride: int, pool_size: int = 7) -> RoIP
         return _pool(features[0], rois, 1.0 / stride, config.pool_size, depth)
 
     return pool
+
+
+def pool_by_products(detector: FasterRCNN) -> None:
+    """Set `pool`, in place, to RoIAlign as matrix products; the first layer of the head is given the order in which they leave the bins.
+
+    Args:
+        detector: as `products_pay` accepts it.
+    """
+    body, config = detector.head.body, detector.config.roi
+    assert isinstance(body, TwoFC)
+    size = config.pool_size
+    columns = body.fc6.weight.reshape(body.fc6.out_features, -1, size, size)  # [hidden, C, y, x]
+    body.fc6.weight = nn.Parameter(columns.permute(0, 3, 2, 1).flatten(1), requires_grad=False)  # [hidden, x * y * C]
+    detector.pool = _product_pooling
+
+
+def products_pay(detector: FasterRCNN, stride: int) -> bool:
+    """Whether the head pools from one coarse map alone and only flattens what it gets.
+
+    Args:
+        stride: of the finest map.
+    """
+    config = detector.config
+    levels = len(config.anchors.sizes) - detector.backbone.has_extra_level
+    aligned = config.roi.pool in ("align", "align_legacy")
+    return aligned and stride >= COARSE_STRIDE and first_level_alone(levels, config.roi) and isinstance(detector.head.body, TwoFC)
+
+
+def _product_pooling(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
+    """RoIAlign `[B * R, x, y, C]`: transposed, channels last."""
+    feature = at_least_fp32(features[0])
+    batch, channels, map_h, map_w = feature.shape
+    scaled = rois * (1.0 / (padded_hw[0] // map_h))
+    rows = _sampling(scaled[..., 1], scaled[..., 3], map_h, config)  # [B, R, s, H]
+    columns = _sampling(scaled[..., 0], scaled[..., 2], map_w, config)  # [B, R, s, W]
+    by_column = feature.permute(0, 3, 2, 1).reshape(batch, map_w, map_h * channels)
+    squeezed = torch.matmul(columns.flatten(1, 2), by_column)  # [B, R * s, H * C]
+    squeezed = squeezed.reshape(batch, rois.shape[1], config.pool_size, map_h, channels)
+    pooled = torch.matmul(rows[:, :, None], squeezed)  # [B, R, x, y, C]
+    return pooled.flatten(0, 1).to(features[0].dtype)
+
+
+def _sampling(start: Tensor, end: Tensor, cells: int, config: RoIConfig) -> Tensor:
+    """Weight of each cell of an axis in each bin, `[B, R, s, cells]`; all sides in cells, start and end `[B, R]`.
+
+    A sample weighs the two cells around it, and the last one alone in the border; legacy ones beyond the map count as zero.
+    """
+    if config.pool == "align":
+        start, length = start - 0.5, end - start
+    else:
+        length = (end - start).clamp(min=1.0)
+    grid = torch.arange(cells, device=start.device, dtype=start.dtype)
+    bins = torch.arange(config.pool_size, device=start.device, dtype=start.dtype)
+    total = torch.zeros(())
+    for sample in range(config.sampling_ratio):
+        at = start[..., None] + length[..., None] * (bins + (sample + 0.5) / config.sampling_ratio) / config.pool_size  # [B, R, s]
+        near = at.clamp(min=0).minimum(grid[-1])[..., None]
+        total = total + (1.0 - (near - grid).abs()).clamp(min=0) * (at <= cells).to(at.dtype)[..., None]
+    return total / config.sampling_ratio
 
 
 def _pool(feature: Tensor, rois: Tensor, scale: float, size: int, depth: int) -> Tensor:

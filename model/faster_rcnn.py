@@ -5,6 +5,7 @@ B images, H and W the padded input's size (multiples of 32), G ground-truth boxe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from model.config import DetectorConfig
 from model.nms import NMS, greedy_nms
 from model.roi_heads import Detections, build_head, detect, roi_loss, sample_rois
 from model.roi_pool import RoIPooling, default_pooling
-from model.rpn import RPN, propose, rpn_loss
+from model.rpn import RPN, Proposals, propose, rpn_loss
 from model.weights import load_imagenet
 
 
@@ -51,7 +52,7 @@ class Normalize(nn.Module):
 
 
 class FasterRCNN(nn.Module):
-    """The detector. `nms` and `pool` are strategies that an exporter may swap; every choice gives the same answer."""
+    """The detector. `nms`, `pool` and `trim` are strategies that an exporter may swap; every choice gives the same answer."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class FasterRCNN(nn.Module):
         self.head = build_head(config, self.backbone.channels)
         self.nms: NMS = greedy_nms
         self.pool: RoIPooling = default_pooling(config.roi)
+        self.trim: Callable[[Proposals], Proposals] | None = None  # may drop slots at the end that no image filled
 
     def forward(self, images: Tensor, image_sizes_hw: Tensor, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
         """Detections, or with targets the four losses by name.
@@ -78,6 +80,7 @@ class FasterRCNN(nn.Module):
         with torch.no_grad():  # no gradient flows through the proposals' coordinates (approximate joint training)
             proposals = propose(rpn_output, anchors, image_sizes_hw, self.config.rpn, self.nms, training=targets is not None)
         if targets is None:
+            proposals = proposals if self.trim is None else self.trim(proposals)
             logits, deltas = self._classify(levels, proposals.boxes, images)
             return detect(logits, deltas, proposals, image_sizes_hw, self.config.roi, self.nms)
         rpn_cls, rpn_reg = rpn_loss(rpn_output, anchors, targets.boxes, targets.labels > 0, image_sizes_hw, self.config.rpn)

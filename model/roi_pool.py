@@ -5,6 +5,7 @@ B images, R RoIs an image, L levels, (H_l, W_l) a level's size, C channels, s th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,9 @@ BORDER = 1
 FAR_BORDER = 2
 """The same below and right, where a legacy RoI that is thinner than one cell is forced to a whole one and reaches a cell further."""
 
+LARGEST_SIDE_PX = 2**16
+"""No RoI is longer: inputs of this size fit no machine."""
+
 RoIPooling = Callable[[Sequence[Tensor], Tensor, tuple[int, int], RoIConfig], Tensor]
 """(features, rois [B, R, 4] in the input frame, padded_hw, config) -> [B * R, C, s, s]."""
 
@@ -35,6 +39,11 @@ def assign_levels(rois: Tensor, num_levels: int, config: RoIConfig) -> Tensor:
     return level.clamp(0, num_levels - 1).to(torch.int64)
 
 
+def first_level_alone(num_levels: int, config: RoIConfig) -> bool:
+    """Whether every RoI is pooled from the finest map, as where the canonical level lies far below it."""
+    return num_levels == 1 or config.canonical_level + math.log2(LARGEST_SIDE_PX / config.canonical_size) < 0
+
+
 def _strides(features: Sequence[Tensor], padded_hw: tuple[int, int]) -> list[int]:
     return [padded_hw[0] // feature.shape[2] for feature in features]
 
@@ -47,6 +56,8 @@ def _with_batch_index(rois: Tensor) -> Tensor:
 
 def pool_on_canvas(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
     """One roi_align over all levels, packed below each other on one canvas: exact, and a single pass whatever the number of levels."""
+    if first_level_alone(len(features), config):
+        return _align(features[0], rois, 1.0 / _strides(features[:1], padded_hw)[0], config)
     width = features[0].shape[3]
     tiles = [F.pad(f, (BORDER, width - f.shape[3] + FAR_BORDER, BORDER, FAR_BORDER), mode="replicate") for f in features]
     canvas = torch.cat(tiles, dim=2)  # [B, C, sum of H_l + 3, W_0 + 3]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign, roi_pool
+from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 
-from export.roi_pool import table_pooling
+from export.roi_pool import _product_pooling, pool_by_products, products_pay, table_pooling
+from model import presets
 from model.config import RoIConfig
+from model.faster_rcnn import FasterRCNN
 from model.roi_pool import pool_on_canvas
 
 
@@ -54,3 +58,31 @@ def test_table_by_hand() -> None:
     assert whole[0, 0].tolist() == [[5, 7], [9, 11]]
     negative = table_pooling(64, 16, 2)([feature - 100], torch.tensor([[[0.0, 0.0, 48.0, 32.0]]]), (48, 64), config)
     assert negative[0, 0].tolist() == [[-95, -93], [-91, -89]]  # no padding shines through
+
+
+@pytest.mark.parametrize("kind", ["align", "align_legacy"])
+@pytest.mark.parametrize("hw", [(32, 64), (256, 320), (608, 1024)])
+def test_products_equal_roi_align(kind: Literal["align", "align_legacy"], hw: tuple[int, int]) -> None:
+    """Slivers, RoIs at the far border and of no size at all included."""
+    feature = torch.randn(2, 3, hw[0] // 32, hw[1] // 32, generator=torch.Generator().manual_seed(1))
+    boxes = rois(hw)
+    boxes[:, :3] = 0.0
+    config = RoIConfig(pool=kind, canonical_level=-99)
+    expected = roi_align(feature, with_index(boxes), 7, spatial_scale=1 / 32, sampling_ratio=2, aligned=kind == "align")
+    pooled = _product_pooling([feature, feature], boxes, hw, config).permute(0, 3, 2, 1)
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pool_on_canvas([feature, feature], boxes, hw, config), expected, atol=0, rtol=0)
+
+
+def test_a_coarse_single_map_is_pooled_by_products_with_the_same_answers() -> None:
+    torch.manual_seed(0)
+    detector = FasterRCNN(presets.mobilenet_v3_large_320_fpn(("a", "b")).detector).eval().requires_grad_(False)
+    assert products_pay(detector, 32)
+    assert not products_pay(detector, 16)
+    assert not products_pay(FasterRCNN(presets.mobilenet_v2_fpn(("a",)).detector), 32), "it pools from several maps"
+    features = [torch.randn(1, 256, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    boxes, hw = rois((96, 160), 40)[:1], (96, 160)
+    expected = detector.head(detector.pool(features, boxes, hw, detector.config.roi))
+    pool_by_products(detector)
+    for answer, wanted in zip(detector.head(detector.pool(features, boxes, hw, detector.config.roi)), expected, strict=True):
+        torch.testing.assert_close(answer, wanted, atol=1e-5, rtol=1e-4)
