@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -29,6 +32,7 @@ from PIL import (
 from service.colour import to_resizable, to_rgb
 from service.errors import BadImage, BodyTooLarge, DetectorError, EmptyBody, TooManyPixels
 from service.formats import MeteredFile, guard, sniff
+from service.resampling import Box, resize
 
 PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -47,7 +51,11 @@ MAX_PIXELS_CEILING = 2 * 89_478_485
 """Some readers refuse more on their own, by a global limit of Pillow that is left as it is."""
 DRAFT_MARGIN = 2
 """A scaled JPEG keeps at least this many times the target's sides, so that the resize that follows decides how it looks."""
+LEAST_REDUCTION = 2
+"""Pillow drafts by 2, 4 or 8; the factors below 2 that libjpeg also has take longer than the whole picture."""
 
+_ORIENTED_BY = {"exif", "xmp"}
+"""Parts of a JPEG's header that may turn it."""
 _TURNS: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -101,8 +109,18 @@ class ImageInfo:
 class Decoded:
     """Upright RGB, perhaps smaller than the original, with the original's upright (height, width)."""
 
-    image: Image.Image
+    upright: Image.Image | NDArray[np.uint8]
     original_hw: HW
+
+    @property
+    def image(self) -> Image.Image:
+        """To draw on."""
+        return self.upright if isinstance(self.upright, Image.Image) else Image.fromarray(self.upright)
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """To compute with: uint8 [h, w, 3]."""
+        return np.asarray(self.upright)
 
 
 @contextmanager
@@ -174,30 +192,71 @@ def decode_rgb(data: bytes, limits: ImageLimits, target: Callable[[HW], HW] | No
         EmptyBody, BodyTooLarge, UnsupportedType, TooManyPixels, BadImage.
     """
     with open_checked(data, limits) as (image, info):
-        stored_hw, box = info.stored_hw, None
-        if target is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-            box = _draft(image, target(stored_hw))
-        image.load()
-        profile = image.info.get("icc_profile")
-        orientation = _orientation(image)
-        pixels = to_resizable(image)
-        if target is not None:
-            height, width = target(stored_hw)
-            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR, box=box)
-        upright = _turn(to_rgb(pixels, profile), orientation)
-    return Decoded(upright, stored_hw[::-1] if orientation >= 5 else stored_hw)
+        upright, orientation = _decode_resized(data, image, target(info.stored_hw)) if target else _decode_any(image, None, None)
+    return Decoded(upright, info.stored_hw[::-1] if orientation >= 5 else info.stored_hw)
 
 
-def _draft(image: JpegImagePlugin.JpegImageFile, target_hw: HW) -> tuple[float, float, float, float] | None:
+def _decode_resized(data: bytes, image: Image.Image, target_hw: HW) -> tuple[Image.Image | NDArray[np.uint8], int]:
+    """Upright RGB of the wanted size, and the orientation that the file had."""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return _decode_any(image, target_hw, None)
+    box = _draft(image, target_hw)
+    pixels = _decode_ordinary_jpeg(data, image)
+    if pixels is None:
+        return _decode_any(image, target_hw, box)
+    return _finish(resize(pixels, target_hw, box), image)
+
+
+def _decode_any(image: Image.Image, target_hw: HW | None, box: Box | None) -> tuple[Image.Image | NDArray[np.uint8], int]:
+    """The same for every format, by Pillow; without a target in the original size."""
+    image.load()
+    pixels = to_resizable(image)
+    if target_hw is None:
+        return _finish(pixels, image)
+    if pixels.mode in ("RGB", "L"):
+        values = np.asarray(pixels)
+        return _finish(resize(values.reshape(*values.shape[:2], -1), target_hw, box), image)
+    return _finish(pixels.resize(target_hw[::-1], Image.Resampling.BILINEAR, box=box), image)
+
+
+def _finish(pixels: Image.Image | NDArray[np.uint8], image: Image.Image) -> tuple[Image.Image | NDArray[np.uint8], int]:
+    """To sRGB and upright, by what the file says of itself."""
+    profile, orientation = image.info.get("icc_profile"), _orientation(image)
+    if isinstance(pixels, np.ndarray):
+        grey = pixels.shape[2] == 1
+        if orientation == 1 and not profile:
+            return (pixels.repeat(3, axis=2) if grey else pixels), orientation
+        pixels = Image.fromarray(pixels[:, :, 0] if grey else pixels)
+    return _turn(to_rgb(pixels, profile), orientation), orientation
+
+
+def _draft(image: JpegImagePlugin.JpegImageFile, target_hw: HW) -> Box | None:
     """Let the JPEG decoder itself scale by 1/2, 1/4 or 1/8; returns the part of the result that is the picture."""
     height, width = target_hw
     drafted = image.draft(None, (DRAFT_MARGIN * width, DRAFT_MARGIN * height))
     return drafted[1] if drafted is not None else None
 
 
+def _decode_ordinary_jpeg(data: bytes, image: JpegImagePlugin.JpegImageFile) -> NDArray[np.uint8] | None:
+    """Grey or RGB in the size that was drafted, uint8 [h, w, 1 or 3], the same bytes that Pillow would give, sooner.
+
+    None for what is of another kind or has any fault: Pillow is more patient, and has the last word.
+    """
+    colours = {"RGB": "RGB", "L": "GRAY"}.get(image.mode)
+    if colours is None:
+        return None
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, colours, min_height=image.height, min_width=image.width, min_factor=LEAST_REDUCTION
+        )
+    except (ValueError, RuntimeError):
+        return None
+    return pixels if pixels.shape[:2] == (image.height, image.width) else None
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8 of a loaded picture; 1 where the tag is missing or broken. TIFF is turned while loading."""
-    if image.format == "TIFF":
+    if image.format == "TIFF" or (image.format == "JPEG" and not _ORIENTED_BY & image.info.keys()):
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)

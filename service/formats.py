@@ -33,6 +33,7 @@ _BMP_HEADER_SIZES = {12, 40, 52, 56, 64, 108, 124}
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _JPEG_MARKER = re.compile(rb"\xff+([\xc0-\xcf\xd8-\xfe])")
+_JPEG_MARK = re.compile(rb"\xff(?=([^\0]))", re.DOTALL)
 _CODESTREAM = b"\xff\x4f\xff\x51"
 
 _REFUSED: tuple[tuple[re.Pattern[bytes], str], ...] = (
@@ -125,6 +126,8 @@ class MeteredFile(io.BytesIO):
 
 def _guard_jpeg(data: bytes) -> None:
     """Count the scans and segments of the first picture in the file; what follows its end is ignored."""
+    if _has_few_marks(data):
+        return
     at, scans = 2, 0
     for _ in range(MAX_JPEG_SEGMENTS):
         found = _JPEG_MARKER.search(data, at)
@@ -137,6 +140,16 @@ def _guard_jpeg(data: bytes) -> None:
         if found[1] != b"\xd8":  # every other marker has a segment behind it, whose bytes are no markers
             at += int.from_bytes(data[at : at + 2], "big")
     raise BadImage(f"a JPEG may have {MAX_JPEG_SEGMENTS} segments, this one has more; save it again as an ordinary JPEG")
+
+
+def _has_few_marks(data: bytes) -> bool:
+    """A quick bound from above: inside coded data 0xFF is followed by 0x00, so what else follows it is a marker or in a header."""
+    scans = 0
+    for count, mark in enumerate(_JPEG_MARK.finditer(data), start=1):
+        scans += mark[1] == b"\xda"
+        if count > MAX_JPEG_SEGMENTS or scans > MAX_JPEG_SCANS:
+            return False
+    return True
 
 
 def _guard_tiff(data: bytes) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from service.decoding import ImageInfo, ImageLimits, decode_rgb, open_checked
 from service.errors import BadImage
 from service.manifest import Bucket, InputSpec
+from service.resampling import resize
 
 __all__ = [
     "ImageInfo",
@@ -83,20 +84,15 @@ def prepare(data: bytes, spec: InputSpec, limits: ImageLimits) -> Prepared:
         BadImage: truncated, corrupt, too thin, or too elongated for every bucket.
     """
     decoded = decode_rgb(data, limits, lambda upright_hw: resized_hw(upright_hw, spec))
-    return _prepared(decoded.image, decoded.original_hw, spec)
+    pixels = decoded.pixels
+    return Prepared(pixels, choose_bucket((pixels.shape[0], pixels.shape[1]), spec), decoded.original_hw)
 
 
 def prepare_pixels(rgb: NDArray[np.uint8], spec: InputSpec) -> Prepared:
     """The same for an upright picture that is already decoded, uint8 [height, width, 3]."""
     original_hw = (int(rgb.shape[0]), int(rgb.shape[1]))
-    return _prepared(Image.fromarray(rgb), original_hw, spec)
-
-
-def _prepared(image: Image.Image, original_hw: tuple[int, int], spec: InputSpec) -> Prepared:
-    h, w = resized_hw(original_hw, spec)
-    if image.size != (w, h):
-        image = image.resize((w, h), Image.Resampling.BILINEAR)
-    return Prepared(np.asarray(image), choose_bucket((h, w), spec), original_hw)
+    target_hw = resized_hw(original_hw, spec)
+    return Prepared(resize(np.ascontiguousarray(rgb), target_hw), choose_bucket(target_hw, spec), original_hw)
 
 
 def resized_hw(original_hw: tuple[int, int], spec: InputSpec) -> tuple[int, int]:

@@ -105,6 +105,10 @@ def test_missing_data_is_a_sentence(tmp_path: Path, exported: Exported, capsys: 
 # -- one resize rule in training and serving -----------------------------------------------------------------------------------
 
 
+ROUNDING = 0.35
+"""Levels on average: the service resizes in SIMD, which rounds in fewer bits than Pillow does in training, up or down alike."""
+
+
 def worst_mean_difference(data: bytes, path: Path, spec: InputSpec) -> float:
     """Levels by which the two sides' pixels differ on average; their frames must be the same."""
     prepared = prepare(data, spec, ImageLimits())
@@ -117,9 +121,9 @@ def worst_mean_difference(data: bytes, path: Path, spec: InputSpec) -> float:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize(("hw", "most"), [((90, 131), 0), ((1500, 2100), 0), ((700, 333), 1.5)])
+@pytest.mark.parametrize(("hw", "most"), [((90, 131), ROUNDING), ((1500, 2100), ROUNDING), ((700, 333), 1.5)])
 def test_service_and_training_prepare_alike(tmp_path: Path, runtime: OnnxRuntime, hw: tuple[int, int], most: float, kind: str) -> None:
-    """Equal but where a JPEG with an odd side is decoded at half its size: then by half a pixel of the last column."""
+    """Equal but for rounding, and where a JPEG with an odd side is decoded at half its size: then by half a pixel of the last column."""
     buffer = io.BytesIO()
     Image.fromarray(pictures.street(hw, 3)).save(buffer, kind)
     path = tmp_path / f"picture.{kind.lower()}"
@@ -138,7 +142,7 @@ def test_service_and_training_prepare_real_photographs_alike(detection_data: Pat
         with Image.open(path) as opened:
             has_profile = "icc_profile" in opened.info
         # the service converts colours to sRGB, training takes them as stored: a few levels, and only where a profile says otherwise
-        assert worst_mean_difference(path.read_bytes(), path, spec) <= (16 if has_profile else 0), path.name
+        assert worst_mean_difference(path.read_bytes(), path, spec) <= (16 if has_profile else ROUNDING), path.name
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (3, 1000), (480, 640), (333, 500), (641, 479), (97, 97)])
