@@ -1,7 +1,8 @@
 """Four-step alternating training of the paper, section 3.2: `python -m model.alternate DATA --out RUN`.
 
 1 the RPN from ImageNet; 2 a Fast R-CNN on its proposals, from ImageNet again; 3 the RPN's own layers on the network of step 2;
-4 the head's own layers on the proposals of step 3. Every step leaves a checkpoint, and a finished step is not repeated.
+4 the head's own layers on the proposals of step 3. Every step leaves a checkpoint, and a finished step is not repeated; Ctrl-C keeps
+the running one too, and the same command goes on from there to the bit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from model.config import DetectorConfig, config_from_dict, to_dict
@@ -28,7 +30,10 @@ from model.data.records import DataError, DetectionSet
 from model.faster_rcnn import FasterRCNN, build_detector
 from model.inference import predict
 from model.metrics.report import evaluate_detections
+from model.paper_normal import head_normal, rpn_normal, speaking_normal
+from model.paper_progress import shown_progress
 from model.paper_proposals import ProposalOptions, rpn_proposals
+from model.paper_resume import StageFile, StageInterrupted
 from model.paper_training import Recipe, fast_objective, paper_init, rpn_objective, train_stage
 from model.presets import PRESETS
 from model.processes import start_processes
@@ -50,7 +55,9 @@ EXAMPLES = """examples:
   python -m model.alternate VOC2007 --preset vgg16 --backbone-weights vgg16.pth --out runs/alternate
   python -m model.alternate VOC_FOLDER --preset zf --variant matlab --steps 400,200,400,200 --train-split train --test-split val \\
       --set detector.input.short_side=320 --set detector.input.long_side=480 --out runs/small
-Started again with the same options, it goes on after the last finished step.
+  python -m model.alternate VOC_FOLDER --preset mobilenet_v2_fpn --backbone-weights mobilenet_v2.pth --out runs/cells \\
+      --train-split train --test-split val --lr 0.01 --batch-size 2 --steps 300,300,150,150 --set detector.input.short_side=224
+Started again with the same options, it goes on where it was interrupted.
 """
 
 
@@ -60,8 +67,8 @@ class Plan:
 
     Attributes:
         variant: "python": step 4 starts from the snapshot of step 3, its class and box layers anew. "matlab": steps 3 and 4 both start
-            from the detector of step 2, heads included, and background RoIs overlap some object by at least 0.1. That release also
-            normalised the RPN's targets by their mean and deviation; here both variants learn them as they are.
+            from the detector of step 2, heads included, background RoIs overlap some object by at least 0.1, and the RPN learns
+            targets normalised by their mean and deviation. In both, the head's targets are normalised by those of each class.
         recipes: of the four steps.
     """
 
@@ -106,21 +113,29 @@ class Alternation:
         Raises:
             CheckpointError: the folder holds the steps of another plan, or the disk is full.
             TrainingError: a loss that is no number.
+            StageInterrupted: Ctrl-C or SIGTERM; the running step was saved and the next call goes on with it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for step, work in enumerate((self._step1, self._step2, self._step3, self._step4)[:last], start=1):
             if self._finished(step):
                 self.say(f"step {step}: done before, {self.path(step)}")
                 continue
+            if self.running_path(step).is_file():
+                self.say(f"step {step}: goes on with {self.running_path(step)}")
             started = time.monotonic()
             detector = self.new_detector()
             loss = work(detector)
             self._save(step, detector, loss)
+            self.running_path(step).unlink(missing_ok=True)
             self.say(f"step {step}: loss {loss:.4f} in {time.monotonic() - started:.0f} s, {self.path(step)}")
         return self._restored(last)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step{step}.pt"
+
+    def running_path(self, step: int) -> Path:
+        """Where a step is kept until it is finished."""
+        return self.folder / f"step{step}.running.pt"
 
     def new_detector(self) -> FasterRCNN:
         """A detector as every step begins: random, or from ImageNet; the paper's initialisation of the predictors."""
@@ -155,14 +170,30 @@ class Alternation:
         return self._train(4, detector, [detector.head], self.proposals(3))
 
     def _train(
-        self, step: int, detector: FasterRCNN, learning: list[Any], proposals: Sequence[NDArray[np.floating]] | None = None
+        self, step: int, detector: FasterRCNN, learning: list[nn.Module], proposals: Sequence[NDArray[np.floating]] | None = None
     ) -> float:
-        low = MATLAB_BACKGROUND_LOW if self.plan.variant == "matlab" else 0.0
-        objective = rpn_objective(detector) if proposals is None else fast_objective(detector, background_low=low)
-        recipe = self.plan.recipes[step - 1]
-        shown = _Lines(self.say, f"step {step}", recipe.steps)
-        seed = self.plan.seed * 4 + step
-        return train_stage(detector, learning, objective, self.dataset, recipe, seed=seed, proposals=proposals, progress=shown)
+        recipe, matlab = self.plan.recipes[step - 1], self.plan.variant == "matlab"
+        layer: nn.Conv2d | nn.Linear
+        if proposals is None:
+            normal = rpn_normal(detector, self.dataset, recipe.hflip) if matlab else None
+            layer, objective = detector.rpn.bbox_pred, rpn_objective(detector, normal=normal)
+        else:
+            normal = head_normal(detector, self.dataset, proposals, recipe.hflip)
+            low = MATLAB_BACKGROUND_LOW if matlab else 0.0
+            layer, objective = detector.head.bbox_pred, fast_objective(detector, background_low=low, normal=normal)
+        kept = StageFile(self.running_path(step), self.made_by)
+        with speaking_normal(layer, normal), shown_progress(self.say, f"step {step}", recipe.steps) as progress:
+            return train_stage(
+                detector,
+                learning,
+                objective,
+                self.dataset,
+                recipe,
+                seed=self.plan.seed * 4 + step,
+                proposals=proposals,
+                progress=progress,
+                kept=kept,
+            )
 
     def proposals(self, step: int) -> list[NDArray[np.float32]]:
         """Proposals of step 1 or 3 for the training pictures, kept beside the checkpoint."""
@@ -208,17 +239,6 @@ class Alternation:
         save_checkpoint(self.path(step), Checkpoint(detector.state_dict(), self.config, {**facts, "made_by": self.made_by}))
 
 
-class _Lines:
-    """Ten lines a stage."""
-
-    def __init__(self, say: Say, name: str, steps: int) -> None:
-        self.say, self.name, self.steps, self.every = say, name, steps, max(1, steps // 10)
-
-    def __call__(self, done: int, loss: float) -> None:
-        if done % self.every == 0:
-            self.say(f"{self.name}: {done}/{self.steps}  loss {loss:.3f}")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model.alternate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -248,8 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, ImageError, TrainingError, CheckpointError, WeightsError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except StageInterrupted as interruption:
+        print(f"{interruption}. Go on with the same command: {command_line()}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
-        print(f"interrupted; finished steps lie in {options.out}, the same command goes on after them", file=sys.stderr)
+        print(f"interrupted between steps; go on with the same command: {command_line()}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -33,12 +33,14 @@ class FastRCNN(nn.Module):
     Args:
         detector: whose backbone, pooling and head it uses; its RPN stays out of it.
         background_low: RoIs learn as background from this IoU with some object up (the MATLAB release: 0.1, its later one: 0).
+        normal: mean and deviation `[K + 1, 4]` of wanted deltas by label, where the head predicts them normalised while it learns.
     """
 
-    def __init__(self, detector: FasterRCNN, *, background_low: float = 0.0) -> None:
+    def __init__(self, detector: FasterRCNN, *, background_low: float = 0.0, normal: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.detector = detector
         self.background_low = background_low
+        self.normal = normal
 
     def forward(
         self, images: Tensor, image_sizes_hw: Tensor, proposals: Proposals, targets: Targets | None = None
@@ -58,7 +60,7 @@ class FastRCNN(nn.Module):
             return detect(logits, deltas, proposals, image_sizes_hw, roi, detector.nms)
         samples = sample_rois(near_objects(proposals, targets, self.background_low), targets.boxes, targets.labels, roi)
         logits, deltas = detector.head(self.pool(levels, samples.rois, frame_hw))
-        cls, reg = roi_loss(logits, deltas, samples, roi)
+        cls, reg = roi_loss(logits, deltas, samples, roi, normal=self.normal)
         return {"roi_cls": cls, "roi_reg": reg}
 
     def pool(self, levels: list[Tensor], rois: Tensor, frame_hw: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +23,11 @@ from model.data.records import DetectionSet, Record
 from model.data.transforms import Example, Geometry, apply_geometry
 from model.fast_rcnn import Boxes, FastRCNN, pad_proposals, to_input_frame
 from model.faster_rcnn import FasterRCNN, Targets
+from model.paper_normal import DeltaNormal
+from model.paper_resume import StageFile, StageInterrupted
 from model.random_state import seed_everything
 from model.rpn import Proposals, rpn_loss
+from model.stopping import Interruption
 from model.trainer import TrainingError
 
 READ_AHEAD = 4
@@ -56,22 +59,26 @@ Objective = Callable[[Loaded], dict[str, Tensor]]
 """Losses by name of a batch on the detector's device."""
 
 
-def rpn_objective(detector: FasterRCNN) -> Objective:
-    """The two losses of the RPN alone."""
+def rpn_objective(detector: FasterRCNN, *, normal: DeltaNormal | None = None) -> Objective:
+    """The two losses of the RPN alone.
+
+    Args:
+        normal: where its deltas are learned normalised; the layer must speak so too (`model.paper_normal`).
+    """
 
     def losses(loaded: Loaded) -> dict[str, Tensor]:
         images, sizes_hw, (boxes, labels), _ = loaded.batch
         levels = detector.backbone(detector.normalize(images, sizes_hw))
         anchors = detector.anchors(levels, (images.shape[1], images.shape[2]))
-        cls, reg = rpn_loss(detector.rpn(levels), anchors, boxes, labels > 0, sizes_hw, detector.config.rpn)
+        cls, reg = rpn_loss(detector.rpn(levels), anchors, boxes, labels > 0, sizes_hw, detector.config.rpn, normal=normal)
         return {"rpn_cls": cls, "rpn_reg": reg}
 
     return losses
 
 
-def fast_objective(detector: FasterRCNN, *, background_low: float = 0.0) -> Objective:
-    """The two losses of the detection head on the proposals that come with a batch."""
-    fast = FastRCNN(detector, background_low=background_low)
+def fast_objective(detector: FasterRCNN, *, background_low: float = 0.0, normal: DeltaNormal | None = None) -> Objective:
+    """The two losses of the detection head on the proposals that come with a batch; `normal` as in `rpn_objective`."""
+    fast = FastRCNN(detector, background_low=background_low, normal=normal)
 
     def losses(loaded: Loaded) -> dict[str, Tensor]:
         if loaded.proposals is None:
@@ -111,46 +118,60 @@ def train_stage(
     *,
     seed: int,
     proposals: Sequence[NDArray[np.floating]] | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int, float], object] | None = None,
+    kept: StageFile | None = None,
 ) -> float:
     """Trains `learning` in place, all else frozen.
 
     Args:
         proposals: original frame, [P, 4] a record.
         progress: called with (steps done, loss).
+        kept: file of the running stage: gone on with to the bit where it is there, written on Ctrl-C and now and then.
 
     Returns:
         Mean loss of the last tenth of the steps.
 
     Raises:
         TrainingError: a loss that is no number, with the pictures' names.
+        StageInterrupted: Ctrl-C or SIGTERM, where `kept` is given; otherwise Ctrl-C stays KeyboardInterrupt.
     """
     seed_everything(seed)
     device = next(detector.parameters()).device
-    losses: list[float] = []
-    with _only(detector, learning) as parameters:
+    with _only(detector, learning) as parameters, Interruption() if kept is not None else nullcontext() as interruption:
         optimizer = _optimizer(parameters, recipe)
-        for loaded in _batches(dataset, detector.config.input, recipe, seed, proposals):
-            falls = len(losses) >= recipe.decay_at * recipe.steps
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial"] * (0.1 if falls else 1.0)
-            total = torch.stack(list(objective(_moved(loaded, device)).values())).sum()
-            losses.append(float(total.detach()))
-            _check(losses, loaded, recipe)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip_norm:
-                nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], recipe.clip_norm)
-            optimizer.step()
+        losses = [] if kept is None else kept.restore(detector, optimizer)
+        for loaded in _batches(dataset, detector.config.input, recipe, seed, proposals, start=len(losses)):
+            losses.append(_step(objective, _moved(loaded, device), optimizer, recipe, done=len(losses)))
             if progress is not None:
                 progress(len(losses), losses[-1])
+            if kept is not None and interruption is not None:
+                _keep(kept, detector, optimizer, losses, asked=interruption.asked, steps=recipe.steps)
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
-def _check(losses: list[float], loaded: Loaded, recipe: Recipe) -> None:
-    if not np.isfinite(losses[-1]):
+def _keep(kept: StageFile, detector: FasterRCNN, optimizer: torch.optim.Optimizer, losses: list[float], *, asked: bool, steps: int) -> None:
+    if asked or kept.due():
+        kept.save(detector, optimizer, losses)
+    if asked:
+        raise StageInterrupted(len(losses), steps, kept.path)
+
+
+def _step(objective: Objective, loaded: Loaded, optimizer: torch.optim.Optimizer, recipe: Recipe, *, done: int) -> float:
+    """One step of SGD; its loss."""
+    falls = done >= recipe.decay_at * recipe.steps
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial"] * (0.1 if falls else 1.0)
+    total = torch.stack(list(objective(loaded).values())).sum()
+    loss = float(total.detach())
+    if not np.isfinite(loss):
         names = ", ".join(loaded.batch.image_ids)
-        raise TrainingError(f"step {len(losses)}: the loss is {losses[-1]} on {names}; try a lower rate than {recipe.lr:g}, --lr")
+        raise TrainingError(f"step {done + 1}: the loss is {loss} on {names}; try a lower rate than {recipe.lr:g}, --lr")
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    if recipe.clip_norm:
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], recipe.clip_norm)
+    optimizer.step()
+    return loss
 
 
 @contextmanager
@@ -182,9 +203,9 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
 
 
 def _batches(
-    dataset: DetectionSet, frame: InputConfig, recipe: Recipe, seed: int, proposals: Sequence[NDArray[np.floating]] | None
+    dataset: DetectionSet, frame: InputConfig, recipe: Recipe, seed: int, proposals: Sequence[NDArray[np.floating]] | None, *, start: int
 ) -> Iterator[Loaded]:
-    """The same batches for the same seed; pictures are read a few steps ahead."""
+    """The same batches for the same seed, from step `start` on; pictures are read a few steps ahead."""
     rng = np.random.default_rng(seed)
     needed = recipe.steps * recipe.batch_size
     rounds = -(-needed // len(dataset))
@@ -192,7 +213,7 @@ def _batches(
     flips = rng.random(order.shape) < recipe.hflip
     with ThreadPoolExecutor(2) as pool:
         ahead: list[Future[Loaded]] = []
-        for rows, turned in zip(order, flips, strict=True):
+        for rows, turned in zip(order[start:], flips[start:], strict=True):
             ahead.append(pool.submit(_load, dataset, frame, rows.tolist(), turned.tolist(), proposals))
             if len(ahead) > READ_AHEAD:
                 yield ahead.pop(0).result()

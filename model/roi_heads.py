@@ -172,12 +172,15 @@ def sample_rois(proposals: Proposals, gt_boxes: Tensor, gt_labels: Tensor, confi
     return RoISamples(take_rows(rois, samples.rows), labels, take_rows(gt_boxes, gt_rows), samples.valid)
 
 
-def roi_loss(logits: Tensor, deltas: Tensor, samples: RoISamples, config: RoIConfig) -> tuple[Tensor, Tensor]:
+def roi_loss(
+    logits: Tensor, deltas: Tensor, samples: RoISamples, config: RoIConfig, *, normal: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross entropy over the sampled RoIs and smooth L1 over the foreground, both divided by the number of sampled RoIs.
 
     Args:
         logits: `[B * S, K + 1]`.
         deltas: `[B * S, K + 1, 4]`.
+        normal: mean and deviation `[K + 1, 4]` of wanted deltas by label, where the head predicts them normalised.
 
     Returns:
         Two scalars; the box loss is exactly 0 where there is no foreground.
@@ -191,6 +194,7 @@ def roi_loss(logits: Tensor, deltas: Tensor, samples: RoISamples, config: RoICon
     wanted = box_ops.encode_deltas(
         torch.where(foreground[:, None], gt, unit), torch.where(foreground[:, None], rois, unit), config.box_weights
     )
+    wanted = wanted if normal is None else (wanted - normal[0][labels]) / normal[1][labels]
     own = at_least_fp32(deltas).gather(1, labels[:, None, None].expand(-1, 1, 4))[:, 0]
     reg = F.smooth_l1_loss(own, wanted, beta=config.smooth_l1_beta, reduction="none").sum(-1)
     return cls, torch.where(foreground, reg, 0.0).sum() / count

@@ -100,13 +100,21 @@ def _decode_level(
 
 
 def rpn_loss(
-    output: RPNOutput, anchors: Sequence[Tensor], gt_boxes: Tensor, gt_valid: Tensor, image_sizes_hw: Tensor, config: RPNConfig
+    output: RPNOutput,
+    anchors: Sequence[Tensor],
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    image_sizes_hw: Tensor,
+    config: RPNConfig,
+    *,
+    normal: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Objectness and box losses over a random sample of anchors, both divided by the number of sampled anchors.
 
     Args:
         gt_boxes: `[B, G, 4]` in the input frame.
         gt_valid: bool `[B, G]`.
+        normal: mean and deviation `[4]` of wanted deltas, where the network predicts them normalised.
 
     Returns:
         Two scalars; the box loss is exactly 0 where there is no ground truth.
@@ -117,6 +125,7 @@ def rpn_loss(
         samples, matched = _sample_anchors(all_anchors, gt_boxes, gt_valid, image_sizes_hw, config)
         gt_rows = matched.gather(1, samples.rows).clamp(min=0)
         wanted = box_ops.encode_deltas(_safe(take_rows(gt_boxes, gt_rows), samples.foreground), take_rows(all_anchors, samples.rows))
+        wanted = wanted if normal is None else (wanted - normal[0]) / normal[1]
     count = samples.valid.sum().clamp(min=1)
     sampled = logits.gather(1, samples.rows)
     cls = F.binary_cross_entropy_with_logits(sampled, samples.foreground.float(), weight=samples.valid.float(), reduction="sum")

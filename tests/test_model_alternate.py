@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from test_model_fast_rcnn import TINY, tiny_config
 
-from model.alternate import Alternation, main, plan_of
+from model.alternate import Alternation, detector_config, main, plan_of
 from model.checkpoint import CheckpointError, load_checkpoint
 from model.data.formats import open_dataset
 from model.data.records import DetectionSet
-from model.data.synthetic import write_voc
+from model.data.synthetic import CLASS_NAMES, write_voc
+from model.inference import predict
+from model.metrics.report import evaluate_detections
 from model.paper_proposals import ProposalOptions, rpn_proposals
+from model.paper_resume import StageInterrupted
 from model.paper_training import Recipe
 
 STEPS = (3, 2, 3, 2)
@@ -92,6 +98,65 @@ def test_a_finished_step_is_not_repeated_after_an_interruption(
     assert (tmp_path / "step2.pt").stat().st_mtime_ns == written
     assert sum("done before" in line for line in said) == 2
     assert all(same(parts(tmp_path, 4)[name], part) for name, part in parts(finished, 4).items())  # as if nobody had interrupted
+
+
+def pressed_in(step: int, done: int) -> Callable[[str], None]:
+    """A listener that presses Ctrl-C when a step has gone so far."""
+
+    def say(text: str) -> None:
+        if text.startswith(f"step {step}: {done}/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return say
+
+
+@pytest.mark.parametrize(("variant", "step"), [("python", 2), ("matlab", 3)])
+def test_ctrl_c_keeps_the_running_step_to_the_bit(
+    variant: str, step: int, dataset: DetectionSet, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after its first batch, a step goes on with its second: the end is that of a run nobody disturbed."""
+    monkeypatch.setattr("model.paper_progress.LINE_SECONDS", 0.0)  # every step says its line
+    run = alternation(dataset, tmp_path / "cut", variant)
+    run.say = pressed_in(step, 1)
+    with pytest.raises(StageInterrupted, match=rf"after 1 of {STEPS[step - 1]} steps; saved .*step{step}.running.pt"):
+        run.run()
+    assert run.running_path(step).is_file()
+    assert not run.path(step).exists()
+    again, said = alternation(dataset, tmp_path / "cut", variant), list[str]()
+    again.say = said.append
+    again.run()
+    assert any("goes on with" in line for line in said)
+    assert not any(line.startswith(f"step {step}: 1/") for line in said)
+    assert not list((tmp_path / "cut").glob("*.running.pt"))
+    whole = finished
+    if variant == "matlab":
+        whole = tmp_path / "whole"
+        alternation(dataset, whole, variant).run()
+    assert all(same(parts(tmp_path / "cut", 4)[name], part) for name, part in parts(whole, 4).items())
+
+
+def test_the_command_says_how_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("model.paper_progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("model.alternate._print", pressed_in(1, 2))
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    common = [str(data), "--preset", "zf", "--train-split", "train", "--device", "cpu", "--out", str(tmp_path / "run"), *settings]
+    assert main([*common, "--steps", "4,1,1,1", "--test-split", "none"]) == 130
+    assert "after 2 of 4 steps" in (shown := capsys.readouterr().err)
+    assert "same command" in shown
+
+
+@pytest.mark.parametrize("variant", ["python", pytest.param("matlab", marks=pytest.mark.slow)])
+def test_the_four_steps_learn_from_scratch(variant: str, tmp_path: Path) -> None:
+    """ZF from random weights, on scenes it has never seen: half a minute of the four steps finds some shapes, no training finds none."""
+    root = write_voc(tmp_path / "voc", {"train": 60, "test": 20})
+    train, test = open_dataset(root, "train"), open_dataset(root, "test")
+    config = detector_config("zf", CLASS_NAMES, (*TINY, "detector.roi.hidden=128"))
+    plan = plan_of(variant, (60, 100, 40, 100), Recipe(1, lr=0.02, batch_size=2))  # type: ignore[arg-type]
+    run = Alternation(config, None, train, plan, tmp_path / "run")
+    assert evaluate_detections(test, predict(run.new_detector(), test)).voc_ap50 < 0.01
+    assert evaluate_detections(test, predict(run.run(), test)).voc_ap50 > 0.1
 
 
 def test_steps_of_another_plan_are_refused(dataset: DetectionSet, finished: Path) -> None:

@@ -41,6 +41,10 @@ class ZF(nn.Module):
             nn.Conv2d(384, 256, 3, padding=1),
             nn.ReLU(),
         )
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):  # without it a signal fades a hundredfold on its way, and nothing is learned from scratch
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # these layers have a bias
 
     def stages(self) -> list[nn.Module]:
         return [self.features[:4], self.features[4:8], self.features[8:10], self.features[10:12], self.features[12:]]
