@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
 
-from export import inspect
+from export import compare, inspect
 from export.card import CardFacts
 from export.console import wide_console
 from export.graph import OPSETS, ExportError, GraphOptions
@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   python -m export torchvision:fasterrcnn_mobilenet_v3_large_320_fpn --name coco
   python -m export torchvision:fasterrcnn_resnet50_fpn --name coco --weights fasterrcnn_resnet50_fpn_coco.pth
   python -m export inspect model_repository/blood-cells/1/model.onnx
+  python -m export compare blood-cells@1 blood-cells@2 VOC_FOLDER --max-drop 0.5
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test
   python -m export.audit model_repository/blood-cells/1/model.onnx --provider cpu
 
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] == "inspect":
         return inspect.main(given[1:])
+    if given and given[0] == "compare":
+        return compare.main(given[1:])
     options = build_parser().parse_args(given)
     console, errors = wide_console(), Console(stderr=True, soft_wrap=True)
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
