@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   python -m model.train --preset mobilenet_v2_fpn --data COCO_FOLDER --train-split train2017 --val-split val2017 --out runs/coco \\
       --set training.batch_size=16 --set training.lr=0.02 --set detector.input.short_side=480
   python -m model.train --out runs/cells --resume
-  torchrun --nproc-per-node 4 -m model.train --preset mobilenet_v2_fpn --data VOC_FOLDER --out runs/cells
+  torchrun --nproc-per-node 4 -m model.train --preset mobilenet_v2_fpn --data VOC_FOLDER --out runs/cells --resume-if-present
 """
 
 
@@ -42,6 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run: checkpoints, metrics, pictures, summary")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out exactly where it stopped; needs no other option")
+    parser.add_argument(
+        "--resume-if-present",
+        action="store_true",
+        help="--resume where --out holds a checkpoint, else start anew: one command for jobs that are restarted (torchrun, Kubernetes)",
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="network and recipe to start from")
     parser.add_argument("--data", type=Path, metavar="PATH", help="folder of the data set")
     parser.add_argument("--format", choices=sorted(READERS), help="its format; guessed from the folder if left out")
@@ -88,11 +93,13 @@ def train(options: argparse.Namespace) -> Outcome:
         torch.set_num_threads(options.threads)
     processes = start_processes(options.device)
     folder = RunFolder(options.out)
-    values = _saved_values(folder) if options.resume else _new_values(options, folder)
+    # the leading process decides: on a network file system the others may see its file later
+    resume = options.resume or (options.resume_if_present and processes.gather(folder.last.is_file())[0])
+    values = _saved_values(folder) if resume else _new_values(options, folder)
     train_set, val_set = _open(values["data"])
-    values = with_settings(values, options.settings) if options.resume else _with_preset(values, train_set, options.settings)
+    values = with_settings(values, options.settings) if resume else _with_preset(values, train_set, options.settings)
     trainer = _build_trainer(values, folder, processes, (train_set, val_set), quiet=options.quiet)
-    if options.resume:
+    if resume:
         trainer.restore(load_checkpoint(folder.last))
     elif processes.leads:
         folder.create()
@@ -110,7 +117,7 @@ def _new_values(options: argparse.Namespace, folder: RunFolder) -> dict[str, Any
     if missing:
         raise ValueError(f"--{' and --'.join(missing)} missing; presets: {', '.join(sorted(PRESETS))}; or --resume to go on with a run")
     if folder.last.exists():
-        raise ValueError(f"{folder.path} already holds a run; go on with it by --resume, or give another --out")
+        raise ValueError(f"{folder.path} already holds a run; go on with it by --resume (or --resume-if-present), or give another --out")
     data = {
         "path": str(options.data),
         "format": options.format,

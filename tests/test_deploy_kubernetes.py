@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -163,16 +162,19 @@ def test_prometheus_rules_are_those_of_the_folder_prometheus() -> None:
     assert made == _object("base", "PrometheusRule"), "run `python deploy/kubernetes/rules.py` and commit what it writes"
 
 
-def test_training_starts_and_resumes_with_commands_that_exist() -> None:
+def test_training_starts_and_resumes_with_one_command_that_exists() -> None:
     from model.train import build_parser
 
     job = _object("training", "Job")
-    (script,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
-    resume, fresh = (shlex.split(part) for part in re.findall(r"set -- ([^;]+);", script))
-    for arguments in (resume, fresh):
-        options = build_parser().parse_args(["--out=/runs/x", *arguments])
-        assert options.resume is (arguments == ["--resume"])
-    assert f"--nnodes={job['spec']['parallelism']} " in script
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["torchrun"]
+    launcher, trainer = (container["args"][: (split := container["args"].index("-m"))], container["args"][split + 2 :])
+    assert container["args"][split + 1] == "model.train"
+    options = build_parser().parse_args(trainer)
+    assert options.resume_if_present
+    assert options.preset
+    assert f"--nnodes={job['spec']['parallelism']}" in launcher
     assert job["spec"]["parallelism"] == job["spec"]["completions"]
-    service = _object("training", "Service")["metadata"]["name"]
-    assert f"{job['metadata']['name']}-0.{service}:{_object('training', 'Service')['spec']['ports'][0]['port']}" in script
+    service = _object("training", "Service")
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert f"--rdzv-endpoint={job['metadata']['name']}-0.{name}:{port}" in launcher

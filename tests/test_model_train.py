@@ -127,6 +127,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, whole_run: Path, tmp_pat
     assert curve(out) == curve(whole_run)
 
 
+def test_one_command_starts_and_goes_on(data: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a restarted job has it: nothing there, then a checkpoint, then a finished run."""
+    out = tmp_path / "job"
+    same = arguments(data, out, "training.checkpoint_minutes=0", options=("--resume-if-present",))
+    process = start(same)
+    wait_for_step(out, 2, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert main(same) == 0
+    assert curve(out) == curve(whole_run)
+    before = (out / "best.pt").stat().st_mtime_ns
+    assert main(same) == 0
+    assert (out / "best.pt").stat().st_mtime_ns == before
+    assert curve(out) == curve(whole_run)
+
+
 def test_summary_report_and_pictures(whole_run: Path) -> None:
     summary = (whole_run / "summary.md").read_text()
     assert "done: best validation AP" in summary
