@@ -6,6 +6,7 @@ Needs the test dependencies and the system's Chromium (Debian: `apt-get install 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,17 +88,16 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def load(url: str) -> Iterator[None]:
-    """A few clients that post the sample, and now and then something that is no picture."""
+def load(url: str, pictures: Sequence[bytes], *, pause_s: float) -> Iterator[None]:
+    """Two clients that post these in turns with a pause between, until the end of the block; pages are watched under it."""
     ended = threading.Event()
-    pictures = [SAMPLE.read_bytes()] * 40 + [b"no picture"]
 
     def post() -> None:
         with httpx.Client(timeout=30) as client:
-            count = 0
-            while not ended.wait(PAUSE_S):
-                client.post(f"{url}v1/detect", content=pictures[count % len(pictures)], headers={"content-type": "image/jpeg"})
-                count += 1
+            for picture in itertools.cycle(pictures):
+                if ended.wait(pause_s):
+                    return
+                client.post(f"{url}v1/detect", content=picture, headers={"content-type": "application/octet-stream"})
 
     threads = [threading.Thread(target=post) for _ in range(LOAD_CLIENTS)]
     for thread in threads:
@@ -146,7 +146,7 @@ def shoot_playground(browser: Browser, url: str) -> None:
 
 def shoot_dashboard(browser: Browser, url: str, watch_s: float) -> None:
     """The dashboard after it has watched some load."""
-    with load(url):
+    with load(url, [SAMPLE.read_bytes()] * 40 + [b"no picture"], pause_s=PAUSE_S):
         pages = [(scheme, open_page(browser, f"{url}dashboard", DESKTOP, scheme)) for scheme in ("light", "dark")]
         pages[0][1].wait_for_timeout(watch_s * 1000)
         for scheme, page in pages:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import httpx
 import numpy as np
@@ -15,6 +14,8 @@ import pytest
 from page_server import KnownRuntime, OpenPage, PageServer, png
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+
+from docs import screenshots
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="install requirements/dev.txt: playwright drives the browser")
 Page, expect = playwright_api.Page, playwright_api.expect
@@ -30,26 +31,9 @@ def inked_pixels(page: Page, selector: str) -> int:
     return int(((pixels[..., 2] - pixels[..., 0]) > 12).sum())
 
 
-@contextmanager
-def load(host: PageServer) -> Iterator[None]:
-    """Two clients that post pictures and things that are none, until the end."""
-    ended = threading.Event()
-
-    def post() -> None:
-        with httpx.Client(base_url=host.url, timeout=20) as client:
-            while not ended.wait(0.02):
-                client.post("v1/detect", content=png(), headers={"content-type": "image/png"})
-                client.post("v1/detect", content=png()[:60], headers={"content-type": "image/png"})
-
-    threads = [threading.Thread(target=post) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
+def load(host: PageServer) -> contextlib.AbstractContextManager[None]:
+    """Clients that post pictures and things that are none, until the end."""
+    return screenshots.load(host.url, [png(), png()[:60]], pause_s=0.02)
 
 
 def test_dashboard_moves_under_load(open_page: OpenPage, page_host: PageServer) -> None:
