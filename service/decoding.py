@@ -29,6 +29,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from service.avif import check_streams
 from service.colour import to_resizable, to_rgb
 from service.errors import BadImage, BodyTooLarge, DetectorError, EmptyBody, TooManyPixels
 from service.formats import MeteredFile, guard, sniff
@@ -136,6 +137,8 @@ def open_checked(data: bytes, limits: ImageLimits) -> Iterator[tuple[Image.Image
         raise BodyTooLarge(f"a picture may have {limits.max_bytes} bytes, got {len(data)}; send it smaller")
     name = sniff(data)
     guard(name, data)
+    if name == "AVIF":
+        check_streams(data, limits.max_pixels)
     with _blaming_the_picture(name, limits), PLUGINS[name](MeteredFile(data)) as image:
         info = ImageInfo(name, image.mode, (image.height, image.width))
         _check_size(info.stored_hw, limits)
