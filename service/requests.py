@@ -106,15 +106,23 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
     Raises:
         ClientDisconnect: the client left first.
     """
-    task = asyncio.ensure_future(work)
+    current = asyncio.current_task()
+    assert current is not None  # a coroutine runs in a task
+    working = True
+
+    def stop(_: asyncio.Future[Any]) -> None:
+        if working:
+            current.cancel()
+
     watcher = asyncio.ensure_future(receive())
-    watcher.add_done_callback(lambda _: task.cancel())
+    watcher.add_done_callback(stop)
     try:
-        return await task
+        return await work
     except asyncio.CancelledError:
-        if watcher.done() and not watcher.cancelled():
-            raise ClientDisconnect from None
-        raise
+        if not watcher.done() or watcher.cancelled():
+            raise  # somebody else cancelled
+        current.uncancel()
+        raise ClientDisconnect from None
     finally:
+        working = False
         watcher.cancel()
-        task.cancel()

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,8 @@ FINISH_GRACE_S = 5.0
 """Beyond the longest request, before what is still open is cut."""
 BACKLOG = 2048
 """Connections that the kernel keeps while the loop is busy."""
+WHOLE_BODY_BYTES = 1 << 20
+"""A body that claims no more than this wakes its reader once, when it is complete; larger and chunked ones arrive in pieces."""
 FAILURE_GRACE_S = 2.0
 """After a failure for good: time for the answers that say so."""
 
@@ -43,6 +46,7 @@ def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
         _header_timer: asyncio.TimerHandle | None = None
         _header_bytes = 0
         _in_headers = True
+        _whole_body = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -66,8 +70,15 @@ def make_protocol(settings: Settings) -> type[HttpToolsProtocol]:
             self._stop_header_timer()
             usual_app = self.app
             self.app = self._choose_app()
+            self._whole_body = 0 < _claimed_bytes(self.headers) <= WHOLE_BODY_BYTES
             super().on_headers_complete()
             self.app = usual_app
+
+        def on_body(self, body: bytes) -> None:
+            if not self._whole_body:
+                super().on_body(body)
+            elif not self.cycle.response_complete:
+                self.cycle.body += body
 
         def on_message_complete(self) -> None:
             self._in_headers, self._header_bytes = True, 0
@@ -136,6 +147,11 @@ def _headers_too_large(size: int, settings: Settings) -> HeadersTooLarge:
     return HeadersTooLarge(
         f"request line and headers may have {settings.max_header_bytes} bytes, these have {size} or more; send fewer or shorter ones"
     )
+
+
+def _claimed_bytes(headers: Sequence[tuple[bytes, bytes]]) -> int:
+    """Content-Length, 0 where there is none."""
+    return next((int(value) for name, value in headers if name == b"content-length" and value.isdigit()), 0)
 
 
 def _refusing(error: DetectorError) -> Response:
