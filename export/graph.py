@@ -20,16 +20,22 @@ from torch import nn
 from torch.export import Dim
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from export import certificate
+from export.certificate import CertifiedDetector
 from export.nms import TRANSLATIONS, onnx_nms
+from export.opset import OLDEST, TRACED, OpsetError, lower_to_17
+from export.precision import FIRST_OPSET, Kind, set_types
 from export.roi_pool import table_pooling
 from model.backbones.frozen_norm import NormalisedConv2d
 from model.faster_rcnn import FasterRCNN
 from model.nms import dense_nms
 from service.manifest import METADATA_KEY, Manifest, dump_manifest
 from service.runtime import INPUTS, OUTPUTS
+from service.unsettled import NMS_CONVERGED, NMS_START, NMS_STATE
 
 STRIDE = 32
-OPSETS = (18, 19)
+OPSETS = (17, 18, 19, 22)
+DEFAULT_OPSET = 18
 TRACED_BATCH, TRACED_ROWS, TRACED_COLUMNS = 2, 3, 7  # small, not square, and no bucket
 
 REFUSED_OPS = frozenset({"If", "Loop", "Scan", "NonZero", "MaxRoiPool"})
@@ -44,10 +50,16 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Choices that change the graph but not its answers."""
+    """Choices that change the graph but not what it means.
+
+    Attributes:
+        opset: operator set of the file; bf16 needs 22.
+        precision: see `export.precision`; int8 is traced in fp32 and quantised afterwards.
+    """
 
     nms: NMSChoice = "onnx"
-    opset: int = 18
+    opset: int = DEFAULT_OPSET
+    precision: Kind = "fp32"
 
 
 def build_graph(detector: FasterRCNN, options: GraphOptions) -> onnx.ModelProto:
@@ -59,19 +71,37 @@ def build_graph(detector: FasterRCNN, options: GraphOptions) -> onnx.ModelProto:
     Raises:
         ExportError: the result breaks the graph contract.
     """
+    if options.opset < FIRST_OPSET[options.precision]:
+        raise ExportError(
+            f"{options.precision} needs operator set {FIRST_OPSET[options.precision]} or later, not {options.opset}: "
+            "before that no standard convolution knows the type"
+        )
     ready = inference_copy(detector, options.nms)
+    set_types(ready, options.precision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
-        program = _trace(ready, options.opset)
+        traced = CertifiedDetector(ready) if options.nms == "dense" else ready
+        program = _trace(traced, max(options.opset, TRACED))
         model: onnx.ModelProto = onnxslim.slim(
             program.model_proto, no_shape_infer=True
         )  # its inference hangs on VGG-16 and finds nothing else
+    if isinstance(traced, CertifiedDetector):
+        certificate.make_start_optional(model, traced.state_width)
+    if options.opset == OLDEST:
+        model = _lowered(model)
     model.producer_name = "faster-rcnn-service"
     model.graph.name = detector.config.architecture
     problems = graph_problems(model)
     if problems:
         raise ExportError("; ".join(problems))
     return model
+
+
+def _lowered(model: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return lower_to_17(model)
+    except OpsetError as error:
+        raise ExportError(f"{error}; export with --opset {TRACED}") from error
 
 
 def inference_copy(detector: FasterRCNN, nms: NMSChoice) -> FasterRCNN:
@@ -108,11 +138,18 @@ def _folded(conv: NormalisedConv2d) -> nn.Conv2d:
     return plain
 
 
-def _trace(detector: FasterRCNN, opset: int) -> Any:
+def _trace(detector: FasterRCNN | CertifiedDetector, opset: int) -> Any:
     height, width = STRIDE * TRACED_ROWS, STRIDE * TRACED_COLUMNS
     images = torch.zeros(TRACED_BATCH, height, width, 3, dtype=torch.uint8)
     sizes_hw = torch.tensor([[height - 6, width - 24], [height - 19, width - 4]])
     batch = Dim("batch")
+    inputs: dict[str, Any] = {"images": images, "image_sizes_hw": sizes_hw}
+    shapes: dict[str, Any] = {"images": {0: batch, 1: STRIDE * Dim("rows"), 2: STRIDE * Dim("columns")}, "image_sizes_hw": {0: batch}}
+    outputs = list(OUTPUTS)
+    if isinstance(detector, CertifiedDetector):
+        inputs[NMS_START] = torch.ones(TRACED_BATCH, detector.state_width, dtype=torch.bool)
+        shapes[NMS_START] = {0: Dim("start")}
+        outputs += [NMS_CONVERGED, NMS_STATE]
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -120,13 +157,13 @@ def _trace(detector: FasterRCNN, opset: int) -> Any:
     try:
         return torch.onnx.export(
             detector,
-            (images, sizes_hw),
+            tuple(inputs.values()),
             dynamo=True,
             opset_version=opset,
-            dynamic_shapes={"images": {0: batch, 1: STRIDE * Dim("rows"), 2: STRIDE * Dim("columns")}, "image_sizes_hw": {0: batch}},
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            custom_translation_table=TRANSLATIONS,
+            dynamic_shapes=shapes,
+            input_names=list(inputs),
+            output_names=outputs,
+            custom_translation_table=TRANSLATIONS | certificate.TRANSLATIONS,
             verbose=False,
         )
     except Exception as error:
@@ -139,8 +176,8 @@ def _trace(detector: FasterRCNN, opset: int) -> Any:
 def graph_problems(model: onnx.ModelProto) -> list[str]:
     """What in a graph breaks the contract that any ONNX Runtime build can serve it; empty if nothing does."""
     problems = []
-    inputs, outputs = (tuple(value.name for value in values) for values in (model.graph.input, model.graph.output))
-    if inputs != INPUTS or outputs != OUTPUTS:
+    inputs, outputs = certificate.required_inputs(model), tuple(value.name for value in model.graph.output)
+    if inputs != INPUTS or outputs not in (OUTPUTS, (*OUTPUTS, NMS_CONVERGED, NMS_STATE)):
         problems.append(f"the graph maps {inputs} to {outputs}, expected {INPUTS} to {OUTPUTS}")
     used = Counter(node.op_type for node in model.graph.node)
     refused = sorted(REFUSED_OPS & used.keys())

@@ -50,16 +50,33 @@ def suppression_matrix(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou
 
 
 def dense_nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh: float) -> Tensor:
-    """Greedy NMS as the fixed point of k_i = valid_i and no kept j suppresses i.
+    """Greedy NMS as the fixed point of k_i = valid_i and no kept j suppresses i, after DENSE_ITERATIONS rounds.
 
     Every round settles at least one more box in score order, and the fixed point is unique; iterates bound it from both sides alternately.
     """
+    return certified_dense_nms(boxes, scores, groups, iou_thresh)[0]
+
+
+def certified_dense_nms(
+    boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh: float, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`dense_nms` that says where it is done, and that can be taken up where it was left.
+
+    Whether box i is kept depends on better boxes alone, so after t rounds the first t boxes are right whatever the first mask was:
+    any mask may start, a good one only saves rounds. A round that changes nothing has reached the fixed point, of which there is one.
+
+    Args:
+        start: bool [S, N], for instance the mask that an earlier call left; None starts from all valid boxes.
+
+    Returns:
+        keep bool [S, N], and changed float [S]: how many boxes the last round still changed. 0 certifies greedy NMS, exactly.
+    """
     suppresses = suppression_matrix(boxes, scores, groups, iou_thresh).to(boxes.dtype)
     valid = scores > INVALID_SCORE
-    keep = valid
+    previous = keep = valid if start is None else start & valid
     for _ in range(DENSE_ITERATIONS):
-        keep = _round(suppresses, keep, valid)
-    return keep
+        previous, keep = keep, _round(suppresses, keep, valid)
+    return keep, (keep ^ previous).to(boxes.dtype).sum(dim=1)
 
 
 def dense_nms_rounds(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh: float) -> tuple[Tensor, int]:

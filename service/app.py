@@ -105,7 +105,7 @@ def _make_parts(settings: Settings, runtime: Runtime | None) -> Parts:
         on_device_lost=lambda error: _leave_lost_device(metrics, health, error),
     )
     watch_queue(scheduler, metrics)
-    loader = None if runtime is not None else _make_loader(settings, devices)
+    loader = None if runtime is not None else _make_loader(settings, devices, metrics)
     repository = Repository(loader, scheduler, metrics, lambda loaded: make_run(loaded, metrics), max_batch_size=settings.max_batch_size)
     pipeline = Pipeline(
         scheduler,
@@ -127,9 +127,13 @@ def _keys(path: Path | None) -> KeyRing | None:
     return read_keys(path) if path is not None else None
 
 
-def _make_loader(settings: Settings, devices: Sequence[int]) -> Loader:
+def _make_loader(settings: Settings, devices: Sequence[int], metrics: Metrics) -> Loader:
     open_runtime = open_onnx(
-        provider=settings.provider, intra_op_threads=settings.intra_op_threads, gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes
+        provider=settings.provider,
+        intra_op_threads=settings.intra_op_threads,
+        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        cuda_graphs=settings.cuda_graphs,
+        on_unsettled=metrics.nms_unconverged.inc,
     )
     return Loader(settings.model_repository, open_runtime, devices=devices, max_batch_size=settings.max_batch_size)
 

@@ -171,8 +171,15 @@ def _warn_of_other_identity(manifest: Manifest, name: str, version: str) -> None
         logger.warning("%s version %s was exported as %s version %s", name, version, manifest.name, manifest.version)
 
 
-def open_onnx(*, provider: str, intra_op_threads: int | None, gpu_memory_limit_bytes: int | None) -> OpenRuntime:
-    """How this process opens model files."""
+def open_onnx(
+    *,
+    provider: str,
+    intra_op_threads: int | None,
+    gpu_memory_limit_bytes: int | None,
+    cuda_graphs: bool = False,
+    on_unsettled: Callable[[int], None] = lambda count: None,
+) -> OpenRuntime:
+    """How this process opens model files; the arguments are OnnxRuntime's."""
 
     def open_runtime(path: Path, device: int) -> Runtime:
         return OnnxRuntime(
@@ -181,6 +188,8 @@ def open_onnx(*, provider: str, intra_op_threads: int | None, gpu_memory_limit_b
             intra_op_threads=intra_op_threads,
             gpu_memory_limit_bytes=gpu_memory_limit_bytes,
             device_id=device,
+            cuda_graphs=cuda_graphs,
+            on_unsettled=on_unsettled,
         )
 
     return open_runtime

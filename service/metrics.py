@@ -111,6 +111,12 @@ class Metrics:
             "detector_device_errors", "Errors of the device: memory, lost, or bad output.", ["kind"], registry=self.registry
         )
         self.device_errors = {kind: device_errors.labels(kind) for kind in ("out_of_memory", "lost", "bad_output", "other")}
+        self.devices = Gauge("detector_devices", "Devices that serve: those configured less those lost.", registry=self.registry)
+        self.nms_unconverged = Counter(
+            "detector_nms_unconverged",
+            "Images whose dense NMS was not settled after the graph's rounds and was finished by further runs.",
+            registry=self.registry,
+        )
 
     def _add_model_metrics(self) -> None:
         self.model_info = Gauge(

@@ -1,13 +1,13 @@
 """Runtimes: what turns a batch of pixels into detections. `OnnxRuntime` is the real one; tests bring their own.
 
-B images, H W a bucket's size, D detections of an image.
+B images, H W a bucket's size, D detections of an image, C boxes that NMS looks at.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,42 +15,45 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.device_errors import DeviceLost, DeviceOutOfMemory
+from service.binding import GRAPH_ID, NO_GRAPH, BoundSession, HostBuffer, pinned_buffer
+from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device_error
 from service.errors import InferenceFailed
 from service.manifest import Bucket, Manifest, parse_manifest
-from service.quota import cpu_quota
+from service.providers import (
+    PROVIDER_NAMES,
+    ProviderMissing,
+    RuntimeLoadError,
+    missing_sentence,
+    open_session,
+    provider_candidates,
+    provider_stack,
+)
+from service.tensorrt import EnginePlan, require_engines
+from service.unsettled import NMS_CONVERGED, NMS_START, NMS_STATE, finish
+
+__all__ = [
+    "INPUTS",
+    "OUTPUTS",
+    "PROVIDER_NAMES",
+    "CostTable",
+    "Detections",
+    "DeviceLost",
+    "DeviceOutOfMemory",
+    "OnnxRuntime",
+    "ProviderMissing",
+    "Runtime",
+    "RuntimeLoadError",
+    "file_sha256",
+    "provider_candidates",
+]
 
 INPUTS = ("images", "image_sizes_hw")
 OUTPUTS = ("boxes", "scores", "labels", "num_detections")
-BOUND_SHAPES = 32
-"""Input buffers kept on a device: one a (bucket, batch size)."""
-
-PROVIDER_NAMES = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-TENSORRT_EXCLUDED_OPS = "NonMaxSuppression,NonZero,RoiAlign"  # they split the graph or run slower there
-
-OUT_OF_MEMORY_WORDS = ("out of memory", "failed to allocate memory", "available memory of", "alloc_failed", "bad_alloc", "bfcarena")
-DEVICE_LOST_WORDS = (
-    "illegal memory access",
-    "unspecified launch failure",
-    "device-side assert",
-    "uncorrectable ecc",
-    "cuda failure 700",
-    "cuda failure 719",
-    "cudnn_status_execution_failed",
-)
 
 CostTable = dict[tuple[Bucket, int], float]
 """Seconds of one inference by (bucket, batch size)."""
 
 logger = logging.getLogger(__name__)
-
-
-class RuntimeLoadError(RuntimeError):
-    """A file or a provider that cannot be used, as a sentence for the operator."""
-
-
-class ProviderMissing(RuntimeLoadError):
-    """The execution provider that was asked for does not work here."""
 
 
 class Detections(NamedTuple):
@@ -92,10 +95,12 @@ class OnnxRuntime:
 
     Args:
         path: model.onnx with a manifest in its metadata.
-        provider: "auto" takes CUDA where it works, else the CPU; TensorRT only when asked for.
+        provider: "auto" takes CUDA where it works, else the CPU; TensorRT only when asked for, with engines that were built before.
         intra_op_threads: threads of one inference; None: 1 on a GPU, the container's quota on a CPU.
         gpu_memory_limit_bytes: bound of the CUDA arena.
         device_id: which CUDA device.
+        cuda_graphs: on CUDA, record each shape once and replay it; for files with dense NMS.
+        on_unsettled: told how many images of a batch had no certificate of their NMS and were finished by further runs.
 
     Raises:
         ProviderMissing, RuntimeLoadError, ManifestError.
@@ -109,40 +114,99 @@ class OnnxRuntime:
         intra_op_threads: int | None = None,
         gpu_memory_limit_bytes: int | None = None,
         device_id: int = 0,
+        cuda_graphs: bool = False,
+        on_unsettled: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.provider = "cpu"
+        self._path, self._threads, self._on_unsettled = path, intra_op_threads, on_unsettled
         self._session: ort.InferenceSession | None = None
+        self._plan: EnginePlan | None = None
+        self._cpu_session: ort.InferenceSession | None = None
         for name in provider_candidates(provider):
-            session = _open_session(path, name, intra_op_threads, gpu_memory_limit_bytes, device_id)
+            self._plan = require_engines(path, device_id) if name == "tensorrt" else None
+            stack = provider_stack(
+                name,
+                device_id=device_id,
+                memory_limit=gpu_memory_limit_bytes,
+                cuda_graphs=cuda_graphs,
+                tensorrt=self._plan.provider_options(device_id) if self._plan is not None else None,
+            )
+            session = open_session(path, name, stack, intra_op_threads)
             if session.get_providers()[0] == PROVIDER_NAMES[name]:
                 self._session, self.provider = session, name
                 break
             if provider != "auto":
-                raise ProviderMissing(_provider_sentence(name, "its libraries did not load"))
+                raise ProviderMissing(missing_sentence(name, "its libraries did not load"))
             logger.warning("provider %s did not load, trying the next", name)
         if self._session is None:
             raise ProviderMissing(f"no execution provider of {provider_candidates(provider)} works here")
-        _check_interface(self._session, path)
+        self._outputs = _checked_outputs(self._session, path)
         self._manifest = parse_manifest(self._session.get_modelmeta().custom_metadata_map, str(path))
-        self._bound = _BoundInputs(self._session, "cuda", device_id) if self.provider != "cpu" else None
+        self._graphs = cuda_graphs and self.provider == "cuda"
+        if self._graphs and self._manifest.nms != "dense":
+            raise RuntimeLoadError(
+                f"{path}: CUDA graphs need a file with dense NMS, this one waits for the host inside; "
+                "export it with `--nms dense`, or unset DETECTOR_CUDA_GRAPHS"
+            )
+        on_cpu = self.provider == "cpu"
+        self._host = HostBuffer() if on_cpu else pinned_buffer()
+        self._bound = (
+            None if on_cpu else BoundSession(self._session, self._outputs, "cuda", device_id, graphs=self._graphs, host=self._host)
+        )
 
     @property
     def manifest(self) -> Manifest:
         """What the file says of itself."""
         return self._manifest
 
+    def input_buffer(self, shape: Sequence[int]) -> NDArray[np.uint8]:
+        """An array to build the next batch in, valid until that batch was run. What it holds is left from the batch before."""
+        return self._host.view(shape)
+
     def run(self, images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64]) -> Detections:
         """See Runtime.run."""
         if self._session is None:
             raise InferenceFailed(f"model {self._manifest.name} version {self._manifest.version} is closed")
+        if self._plan is not None:
+            self._plan.check_shape(images.shape)
         try:
+            outputs: Sequence[NDArray[Any]]
             if self._bound is not None:
                 outputs = self._bound.run(images, image_sizes_hw)
             else:
-                outputs = self._session.run(OUTPUTS, {"images": images, "image_sizes_hw": image_sizes_hw})
+                outputs = self._session.run(self._outputs, {"images": images, "image_sizes_hw": image_sizes_hw})
+            if len(outputs) > len(OUTPUTS):
+                outputs = self._certified(outputs, images, image_sizes_hw)
+        except InferenceFailed:
+            raise
         except Exception as error:
             raise classify_device_error(error) from error
         return Detections(*outputs)
+
+    def _certified(
+        self, outputs: Sequence[NDArray[Any]], images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64]
+    ) -> Sequence[NDArray[Any]]:
+        """The four outputs, exact for every image: nearly always at once, else after further runs."""
+        unsettled = int(np.count_nonzero(~outputs[len(OUTPUTS)]))
+        if not unsettled:
+            return outputs[: len(OUTPUTS)]
+        self._on_unsettled(unsettled)
+        logger.info("dense NMS of %d of %d images is not settled; they are run on", unsettled, len(images))
+        return finish(outputs, images, image_sizes_hw, self._run_from)
+
+    def _run_from(self, image: NDArray[np.uint8], size_hw: NDArray[np.int64], state: NDArray[np.bool_]) -> Sequence[NDArray[Any]]:
+        session = self._session
+        if self.provider == "tensorrt":  # an engine may hold the default masks as constants
+            if self._cpu_session is None:
+                self._cpu_session = open_session(self._path, "cpu", provider_stack("cpu"), self._threads)
+            session = self._cpu_session
+        assert session is not None  # run looked
+        options = ort.RunOptions()
+        if self._graphs:
+            options.add_run_config_entry(GRAPH_ID, NO_GRAPH)
+        feed = {"images": image, "image_sizes_hw": size_hw, NMS_START: state}
+        outputs: Sequence[NDArray[Any]] = session.run(self._outputs, feed, options)
+        return outputs
 
     def trim(self) -> None:
         """Give back what the arena holds beyond one image: after a warm-up of large batches that is most of the process.
@@ -160,125 +224,25 @@ class OnnxRuntime:
     def close(self) -> None:
         """Drop the session: ONNX Runtime frees its arena with it."""
         self._bound = None
-        self._session = None
+        self._host.close()
+        self._session = self._cpu_session = None
 
 
-def provider_candidates(provider: str) -> list[str]:
-    """Providers to try, best first.
+def _checked_outputs(session: ort.InferenceSession, path: Path) -> list[str]:
+    """Names of the outputs to fetch: the four, and the certificate of dense NMS where the file has it.
 
     Raises:
-        ProviderMissing: the one that was asked for is not in this build of ONNX Runtime.
+        RuntimeLoadError: the file maps other inputs to other outputs.
     """
-    available = ort.get_available_providers()
-    if provider == "auto":
-        return [name for name in ("cuda", "cpu") if PROVIDER_NAMES[name] in available]
-    if PROVIDER_NAMES[provider] not in available:
-        raise ProviderMissing(_provider_sentence(provider, "this build of ONNX Runtime does not hold it"))
-    return [provider]
-
-
-def _provider_sentence(provider: str, reason: str) -> str:
-    return (
-        f"provider {provider!r} was asked for, but {reason} (available: {', '.join(ort.get_available_providers())}); "
-        "install the requirements for GPUs, or set DETECTOR_PROVIDER=auto or cpu"
-    )
-
-
-def _open_session(
-    path: Path, provider: str, intra_op_threads: int | None, memory_limit: int | None, device_id: int
-) -> ort.InferenceSession:
-    on_cpu = provider == "cpu"
-    if not on_cpu and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN out of the nvidia-* wheels
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = intra_op_threads or (cpu_quota() if on_cpu else 1)
-    options.inter_op_num_threads = 1
-    # A spinning pool takes the CPU that the decoders need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return ort.InferenceSession(str(path), options, providers=_provider_options(provider, memory_limit, device_id))
-    except Exception as error:
-        raise RuntimeLoadError(f"{path}: ONNX Runtime cannot open it: {_first_line(error)}; is it a complete model.onnx?") from error
-
-
-def _provider_options(provider: str, memory_limit: int | None, device_id: int) -> list[Any]:
-    cuda: dict[str, Any] = {
-        "device_id": device_id,
-        "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE stalls at every new shape
-        "arena_extend_strategy": "kSameAsRequested",  # few fixed shapes: growing by powers of two only wastes memory
-    }
-    if memory_limit is not None:
-        cuda["gpu_mem_limit"] = memory_limit
-    tensorrt = {
-        "device_id": device_id,
-        "trt_engine_cache_enable": True,
-        "trt_timing_cache_enable": True,
-        "trt_op_types_to_exclude": TENSORRT_EXCLUDED_OPS,
-    }
-    stacks: dict[str, list[Any]] = {
-        "cpu": ["CPUExecutionProvider"],
-        "cuda": [(PROVIDER_NAMES["cuda"], cuda), "CPUExecutionProvider"],
-        "tensorrt": [(PROVIDER_NAMES["tensorrt"], tensorrt), (PROVIDER_NAMES["cuda"], cuda), "CPUExecutionProvider"],
-    }
-    return stacks[provider]
-
-
-def _check_interface(session: ort.InferenceSession, path: Path) -> None:
     inputs, outputs = {i.name for i in session.get_inputs()}, {o.name for o in session.get_outputs()}
     if inputs != set(INPUTS) or not outputs.issuperset(OUTPUTS):
         raise RuntimeLoadError(
             f"{path}: expected inputs {sorted(INPUTS)} and outputs {sorted(OUTPUTS)}, found {sorted(inputs)} and {sorted(outputs)}; "
             "export the checkpoint with `python -m export CHECKPOINT`"
         )
-
-
-class _BoundInputs:
-    """Input buffers that stay on the device between runs, one binding a shape, the least used dropped."""
-
-    def __init__(self, session: ort.InferenceSession, device_type: str, device_id: int) -> None:
-        self._session = session
-        self._device = (device_type, device_id)
-        self._shapes: OrderedDict[tuple[int, ...], tuple[Any, ort.OrtValue, ort.OrtValue]] = OrderedDict()
-
-    def run(self, images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64]) -> list[NDArray[Any]]:
-        if images.shape not in self._shapes:
-            self._shapes[images.shape] = self._bind(images.shape)
-            if len(self._shapes) > BOUND_SHAPES:
-                self._shapes.popitem(last=False)
-        self._shapes.move_to_end(images.shape)
-        binding, device_images, device_sizes = self._shapes[images.shape]
-        device_images.update_inplace(np.ascontiguousarray(images))
-        device_sizes.update_inplace(np.ascontiguousarray(image_sizes_hw))
-        self._session.run_with_iobinding(binding)
-        outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
-        return outputs
-
-    def _bind(self, shape: tuple[int, ...]) -> tuple[Any, ort.OrtValue, ort.OrtValue]:
-        device_type, device_id = self._device
-        images = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.uint8, device_type, device_id)
-        sizes = ort.OrtValue.ortvalue_from_shape_and_type([shape[0], 2], np.int64, device_type, device_id)
-        binding = self._session.io_binding()
-        binding.bind_ortvalue_input("images", images)
-        binding.bind_ortvalue_input("image_sizes_hw", sizes)
-        for name in OUTPUTS:
-            binding.bind_output(name, device_type, device_id)
-        return binding, images, sizes
-
-
-def classify_device_error(error: Exception) -> Exception:
-    """Which kind of failure a runtime's exception tells of, by the words that the libraries use."""
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY_WORDS):
-        return DeviceOutOfMemory(_first_line(error))
-    if any(word in text for word in DEVICE_LOST_WORDS):
-        return DeviceLost(_first_line(error))
-    logger.warning("inference failed: %s", _first_line(error))  # the library's words may hold paths, so they stay here
-    return InferenceFailed("the device failed on this image; send it once more, and report its request id if it fails again")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    optional = {value.name for value in session.get_overridable_initializers()}
+    certified = outputs.issuperset({NMS_CONVERGED, NMS_STATE}) and NMS_START in optional
+    return [*OUTPUTS, NMS_CONVERGED, NMS_STATE] if certified else list(OUTPUTS)
 
 
 def file_sha256(path: Path) -> str:

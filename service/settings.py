@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     gpu_memory_limit_bytes: int | None = Field(
         None, ge=256 * MEBIBYTE, description="Most memory of a session's CUDA arena; unset: no limit."
     )
+    cuda_graphs: bool = Field(
+        False, description="On CUDA, record each batch shape once and replay it; needs files exported with `--nms dense`."
+    )
     intra_op_threads: int | None = Field(
         None, ge=1, le=512, description="Threads of one inference; unset: 1 on a GPU, the container's CPU quota on a CPU."
     )

@@ -10,17 +10,14 @@ from conftest import ROOT
 from service_fakes import FakeRuntime, detect_colours, make_manifest
 from service_onnx import colour_graph, golden, write_model
 
-from service.device_errors import DeviceLost, DeviceOutOfMemory
+from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device_error
 from service.errors import InferenceFailed
 from service.golden import GoldenMismatch, check_golden
 from service.manifest import ManifestError
 from service.runtime import (
-    BOUND_SHAPES,
     OnnxRuntime,
     ProviderMissing,
     RuntimeLoadError,
-    _BoundInputs,
-    classify_device_error,
     provider_candidates,
 )
 from service.warm_up import warm_up
@@ -47,16 +44,6 @@ def test_onnx_runtime_answers_as_computed_by_hand(tmp_path, shape):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_bound_buffers_answer_as_plain_runs_and_are_bounded(tmp_path):
-    session = ort.InferenceSession(str(write_model(tmp_path)), providers=["CPUExecutionProvider"])
-    bound = _BoundInputs(session, "cpu", 0)
-    for shape in [*BATCHES, BATCHES[0], *((1 + n % 40, 32, 64 + 32 * (n % 3)) for n in range(60))]:
-        images, sizes_hw = random_batch(shape)
-        for found, expected in zip(bound.run(images, sizes_hw), detect_colours(images, sizes_hw), strict=True):
-            np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert len(bound._shapes) == BOUND_SHAPES
-
-
 def test_provider_in_use_is_known_and_the_manifest_read(tmp_path):
     runtime = OnnxRuntime(write_model(tmp_path), provider="auto", intra_op_threads=1)
     assert runtime.provider == ("cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu")
@@ -75,7 +62,7 @@ def test_a_provider_that_does_not_load_is_no_silent_fallback(tmp_path, monkeypat
     path = write_model(tmp_path)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     only_cpu = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    monkeypatch.setattr("service.runtime._open_session", lambda *_: only_cpu)
+    monkeypatch.setattr("service.runtime.open_session", lambda *_: only_cpu)
     with pytest.raises(ProviderMissing, match="did not load"):
         OnnxRuntime(path, provider="cuda")
     assert OnnxRuntime(path, provider="auto").provider == "cpu"

@@ -1,0 +1,182 @@
+"""Buffers that stay: reused in real sessions on the CPU, page-locked through a stand-in for CUDA's library, graphs told apart by their ids."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from service_fakes import detect_colours
+from service_onnx import write_model
+from test_service_runtime import BATCHES, random_batch
+
+from service.binding import BOUND_SHAPES, GRAPH_ID, BoundSession, HostBuffer, pinned_buffer
+from service.providers import RuntimeLoadError, provider_stack
+from service.runtime import OUTPUTS, OnnxRuntime
+
+
+class Told:
+    """A session that notes the options of every run; the work is done by the real one."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self.graph_ids: list[str] = []
+        self.batch_sizes: list[int] = []
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding, options):
+        self.graph_ids.append(options.get_run_config_entry(GRAPH_ID))
+        self._session.run_with_iobinding(binding, options)
+        self.batch_sizes.append(len(binding.copy_outputs_to_cpu()[0]))
+
+
+@pytest.fixture
+def session(tmp_path):
+    return ort.InferenceSession(str(write_model(tmp_path)), providers=["CPUExecutionProvider"])
+
+
+def assert_right(found, images, sizes_hw):
+    for part, expected in zip(found, detect_colours(images, sizes_hw), strict=True):
+        assert part.dtype == expected.dtype
+        np.testing.assert_allclose(part, expected, atol=1e-4)
+
+
+def test_bound_buffers_answer_as_plain_runs_and_are_bounded(session):
+    bound = BoundSession(session, OUTPUTS, "cpu")
+    for shape in [*BATCHES, BATCHES[0], *((1 + n % 40, 32, 64 + 32 * (n % 3)) for n in range(60))]:
+        images, sizes_hw = random_batch(shape)
+        assert_right(bound.run(images, sizes_hw), images, sizes_hw)
+    assert len(bound._shapes) == BOUND_SHAPES
+
+
+def test_a_shape_keeps_its_device_buffers(session):
+    bound = BoundSession(session, OUTPUTS, "cpu")
+    addresses = set()
+    for _ in range(3):
+        bound.run(*random_batch((2, 96, 160)))
+        addresses.add(next(iter(bound._shapes.values())).images.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_an_answer_outlives_the_runs_after_it(session):
+    bound = BoundSession(session, OUTPUTS, "cpu", graphs=True)
+    first = random_batch((2, 96, 160))
+    answer = bound.run(*first)
+    bound.run(np.full((2, 96, 160, 3), 9, np.uint8), np.array([[40, 50]] * 2))
+    assert_right(answer, *first)
+
+
+def test_graphs_run_powers_of_two_at_fixed_addresses_with_an_id_a_shape(session):
+    told = Told(session)
+    bound = BoundSession(told, OUTPUTS, "cpu", graphs=True)
+    outputs = set()
+    for count in (1, 3, 4, 3, 7, 1):
+        images, sizes_hw = random_batch((count, 96, 160))
+        assert_right(bound.run(images, sizes_hw), images, sizes_hw)
+        outputs.add((count, tuple(value.data_ptr() for value in bound._bound((1 << (count - 1).bit_length(), 96, 160, 3)).outputs)))
+    assert told.batch_sizes == [1, 4, 4, 4, 8, 1]
+    assert told.graph_ids == ["1", "2", "2", "2", "3", "1"]  # 0 is the runtime's own, and a recording belongs to one shape
+    assert len(outputs) == 4  # one set of addresses for each count that came
+
+
+def test_a_batch_built_in_the_host_buffer_is_filled_up_without_losing_rows(session):
+    host = HostBuffer()
+    bound = BoundSession(session, OUTPUTS, "cpu", graphs=True, host=host)
+    for count in (3, 5, 6, 2):
+        images, sizes_hw = random_batch((count, 96, 160))
+        view = host.view(images.shape)
+        view[:] = images
+        assert host.holds(view)
+        assert_right(bound.run(view, sizes_hw), images, sizes_hw)
+
+
+def test_the_host_buffer_is_one_piece_of_memory_that_only_grows():
+    host = HostBuffer()
+    large = host.view((4, 96, 160, 3))
+    address = large.ctypes.data
+    assert host.view((2, 160, 96, 3)).ctypes.data == address
+    assert not host.holds(np.zeros((2, 3), np.uint8))
+    host.view((8, 96, 160, 3))
+    assert host.view((4, 96, 160, 3)).shape == (4, 96, 160, 3)
+
+
+def test_page_locked_memory_is_locked_once_and_let_go_when_it_grows():
+    calls = []
+
+    class Function:
+        def __init__(self, name, result):
+            self.name, self.result = name, result
+
+        def __call__(self, *arguments):
+            calls.append((self.name, *arguments))
+            return self.result
+
+    def load(name):
+        if name != "libcudart.so.12":
+            raise OSError("not here")
+        return SimpleNamespace(cudaHostRegister=Function("lock", 0), cudaHostUnregister=Function("free", 0))
+
+    host = pinned_buffer(load)
+    small = host.view((1, 10, 10, 3)).ctypes.data
+    host.view((1, 10, 10, 3))
+    host.view((1, 5, 5, 3))
+    assert calls == [("lock", small, 300, 1)]
+    large = host.view((2, 10, 10, 3)).ctypes.data
+    host.close()
+    assert calls[1:] == [("free", small), ("lock", large, 600, 1), ("free", large)]
+
+
+def test_without_cudas_library_or_its_consent_memory_is_ordinary():
+    def missing(name):
+        raise OSError(name)
+
+    freed = []
+    for host in (pinned_buffer(missing), HostBuffer(lambda address, size: False, freed.append)):
+        host.view((2, 3))[:] = 7
+        host.close()
+    assert freed == []
+
+
+def test_a_runtime_builds_its_batches_in_one_place(tmp_path):
+    runtime = OnnxRuntime(write_model(tmp_path))
+    addresses = set()
+    for shape in ((3, 96, 160), (2, 160, 96), (3, 96, 160)):
+        images, sizes_hw = random_batch(shape)
+        buffer = runtime.input_buffer(images.shape)
+        buffer[:] = images
+        addresses.add(buffer.ctypes.data)
+        assert_right(runtime.run(buffer, sizes_hw), images, sizes_hw)
+    assert len(addresses) == 1
+
+
+def test_cuda_graphs_are_refused_for_a_file_that_waits_for_the_host(tmp_path, monkeypatch):
+    path = write_model(tmp_path)
+    real = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    told = SimpleNamespace(
+        get_providers=lambda: ["CUDAExecutionProvider"],
+        get_inputs=real.get_inputs,
+        get_outputs=real.get_outputs,
+        get_overridable_initializers=real.get_overridable_initializers,
+        get_modelmeta=real.get_modelmeta,
+    )
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr("service.runtime.open_session", lambda *_: told)
+    with pytest.raises(RuntimeLoadError, match=r"CUDA graphs need a file with dense NMS.*unset DETECTOR_CUDA_GRAPHS"):
+        OnnxRuntime(path, provider="cuda", cuda_graphs=True)
+
+
+def test_cuda_options_are_those_for_few_fixed_shapes():
+    (name, options), fallback = provider_stack("cuda", device_id=1, memory_limit=1 << 30, cuda_graphs=True)
+    assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options == {
+        "device_id": 1,
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",
+        "gpu_mem_limit": 1 << 30,
+        "enable_cuda_graph": "1",
+    }
+    assert "enable_cuda_graph" not in provider_stack("cuda")[0][1]
+    assert provider_stack("cpu", cuda_graphs=True) == ["CPUExecutionProvider"]
