@@ -24,6 +24,7 @@ class AugmentConfig:
         min_visible: a box that keeps less than this part of its area in a crop is dropped, the others are cut at the border.
         brightness, contrast, saturation: factors from 1 - v to 1 + v.  hue: turn of the colour circle, -v to v of a full turn.
         mosaic: probability of a picture put together from four.
+        copy_paste: probability that objects of another picture are put into this one (where it is no mosaic).
     """
 
     hflip: float = 0.5
@@ -40,6 +41,7 @@ class AugmentConfig:
     saturation: float = 0.0
     hue: float = 0.0
     mosaic: float = 0.0
+    copy_paste: float = 0.0
 
 
 @dataclass(frozen=True)

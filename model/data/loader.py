@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from model.config import InputConfig
+from model.data.copy_paste import pasted_example
 from model.data.images import ImageError, pad_batch, padded_hw
 from model.data.mosaic import mosaic_example
 from model.data.records import DataError, DetectionSet
@@ -83,6 +84,8 @@ class TrainingPictures(Dataset[Loaded]):
         try:
             if self.config.mosaic and rng.random() < self.config.mosaic:
                 return mosaic_example(self.dataset, draw.picture, self.config, (short, long), rng), record.image_id
+            if self.config.copy_paste and rng.random() < self.config.copy_paste:
+                return pasted_example(self.dataset, draw.picture, self.config, (short, long), rng, sideways=draw.sideways), record.image_id
             return augmented_example(record, self.config, short, long, rng, sideways=draw.sideways), record.image_id
         except ImageError as error:
             return DataError(
