@@ -1,4 +1,4 @@
-"""Buffers that stay: reused in real sessions on the CPU, page-locked through a stand-in for CUDA's library, graphs told apart by their ids."""
+"""Buffers that stay: reused in real sessions on the CPU, page-locked through a stand-in for CUDA, graphs told apart by their ids."""
 
 from __future__ import annotations
 
