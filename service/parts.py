@@ -35,6 +35,13 @@ class Parts:
         limit_ms = self.settings.request_timeout_ms
         return time.monotonic() + min(timeout_ms or limit_ms, limit_ms) / 1e3
 
+    async def why_not_ready(self) -> str | None:
+        """Why no request should come here, or None: health's reason, or that nothing is served."""
+        reason = await self.health.check_ready()
+        if reason is None and not self.repository.served:
+            return self.repository.why_nothing_is_served()
+        return reason
+
 
 def parts_of(request: Request) -> Parts:
     """The service that this request belongs to."""

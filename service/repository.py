@@ -92,6 +92,9 @@ class Repository:
         self._make_run = make_run
         self._max_batch_size = max_batch_size
         self._active: dict[str, ServedVersion] = {}
+        self._default: str | None = None
+        """The name that a request means which names no model; it stays the default while it is unloaded."""
+        self._unloaded: set[str] = set()
         self._pinned: dict[tuple[str, str], ServedVersion] = {}
         self._beside: list[ServedVersion] = []
         self._previous: dict[str, str] = {}
@@ -104,7 +107,7 @@ class Repository:
     @property
     def served(self) -> list[ServedVersion]:
         """Every version that takes requests, the default model's first."""
-        versions = list(self._active.values())
+        versions = sorted(self._active.values(), key=lambda served: served.name != self._default)
         return versions + [pinned for pinned in self._pinned.values() if pinned not in versions]
 
     def is_active(self, served: ServedVersion) -> bool:
@@ -112,15 +115,16 @@ class Repository:
         return self._active.get(served.name) is served
 
     def resolve(self, reference: str | None) -> ServedVersion:
-        """The version that a request means: the first model, a name's active version, or exactly name@version.
+        """The version that a request means: the default model, a name's active version, or exactly name@version.
 
         Raises:
-            ModelNotFound: says what is served. NotReady: nothing is, yet.
+            ModelNotFound: says what is served. NotReady: nothing is, yet or any more.
         """
         if not self._active:
-            raise NotReady("no model is loaded yet; ask again in a moment", retry_after_s=2.0)
+            raise NotReady(self.why_nothing_is_served(), retry_after_s=2.0)
         if reference is None:
-            return next(iter(self._active.values()))
+            assert self._default is not None  # set with the first active version
+            reference = self._default
         name, _, version = reference.partition("@")
         active = self._active.get(name)
         if active is not None and version in ("", active.version):
@@ -129,13 +133,29 @@ class Repository:
         if pinned is not None:
             return pinned
         known = [served.reference for served in self.served]
+        if name in self._unloaded:
+            raise ModelNotFound(f"model {name!r} was unloaded and answers again when it is loaded; served: {', '.join(known)}")
         near = get_close_matches(reference, [*known, *self._active], n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ModelNotFound(f"model {reference[:80]!r} is not served; {hint}served: {', '.join(known)}")
 
+    def why_nothing_is_served(self) -> str:
+        """A sentence for clients and probes while no version takes requests."""
+        if not self._unloaded:
+            return "no model is loaded yet; ask again in a moment"
+        return f"every model was unloaded ({', '.join(sorted(self._unloaded))}); load one to have answers again"
+
+    def was_unloaded(self, name: str) -> bool:
+        """Whether the model left service on request, and nothing brought it back."""
+        return name in self._unloaded
+
+    def on_disk(self) -> dict[str, list[str]]:
+        """Names in the repository's folder -> their versions, newest first."""
+        return find_models(self._loader.root) if self._loader is not None else {}
+
     def versions_on_disk(self, name: str) -> list[str]:
         """Version folders of a model, newest first."""
-        return find_models(self._loader.root).get(name, []) if self._loader is not None else []
+        return self.on_disk().get(name, [])
 
     # Change
 
@@ -149,7 +169,7 @@ class Repository:
     def adopt(self, loaded: LoadedVersion, *, pinned: bool = False) -> ServedVersion:
         """Take a loaded version into service; it becomes its name's active one unless that name has one already."""
         served = self.enter(loaded, group=loaded.name)
-        self._active.setdefault(loaded.name, served)
+        self._activate(loaded.name, self._active.get(loaded.name, served))
         if pinned:
             self._pinned[loaded.name, loaded.version] = served
         return served
@@ -215,10 +235,37 @@ class Repository:
         self._previous.pop(name, None)
         return served
 
+    async def unload(self, name: str) -> None:
+        """Take every version of a model out of service until it is loaded again. Requests in flight finish, then its memory is given back.
+
+        Raises:
+            ModelNotFound: it never was in service.
+        """
+        async with self._loading:  # a load that is under way ends first, so that it cannot bring the model back
+            leaving = [served for served in self.served if served.name == name]
+            if not leaving and name in self._unloaded:
+                return
+            if not leaving:
+                known = ", ".join(served.reference for served in self.served) or "nothing"
+                raise ModelNotFound(f"model {name[:80]!r} is not served, so it cannot be unloaded; served: {known}")
+            self._active.pop(name, None)
+            self._pinned = {key: served for key, served in self._pinned.items() if served not in leaving}
+            self._unloaded.add(name)
+            for served in leaving:
+                self._retire_soon(served)
+        logger.info("model unloaded", extra={"fields": {"model": name, "versions": [served.version for served in leaving]}})
+
+    def _activate(self, name: str, served: ServedVersion) -> None:
+        self._active[name] = served
+        self._default = self._default or name
+        self._unloaded.discard(name)
+
     def _swap(self, loaded: LoadedVersion) -> ServedVersion:
         served = self.enter(loaded, group=loaded.name)
         old = self._active.get(loaded.name)
-        self._active[loaded.name] = served
+        self._activate(loaded.name, served)
+        if old is None and self._previous.get(loaded.name) == loaded.version:
+            del self._previous[loaded.name]  # it came back itself after it was unloaded
         if (loaded.name, loaded.version) in self._pinned:
             replaced = self._pinned[loaded.name, loaded.version]
             self._pinned[loaded.name, loaded.version] = served
@@ -263,6 +310,8 @@ class Repository:
         while True:
             await asyncio.sleep(every_s)
             for name, version in await asyncio.to_thread(self._find_newer):
+                if name not in self._active:  # unloaded meanwhile
+                    continue
                 try:
                     await self.load(name, version)
                 except (LoadFailed, ModelNotFound) as error:

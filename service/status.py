@@ -44,7 +44,7 @@ async def healthz() -> Alive:
 
 async def readyz(request: Request) -> Ready:
     """Ready for requests: every model is warm and checked, the device answered lately, and the process is not leaving."""
-    reason = await parts_of(request).health.check_ready()
+    reason = await parts_of(request).why_not_ready()
     if reason is not None:
         raise NotReady(f"not ready: {reason}", retry_after_s=RETRY_AFTER_S)
     return Ready()

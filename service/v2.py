@@ -21,6 +21,7 @@ from service.errors import DetectorError, MalformedRequest, NotReady
 from service.images import Prepared, choose_bucket, to_original_frame
 from service.parts import Parts, parts_of
 from service.pipeline import PriorityName, Result
+from service.repository import Repository
 from service.requests import DetectingRoute, context_of, held_body, unless_client_leaves
 from service.v2_codec import HEADER_LENGTH, Encoded, InferRequest, encode_answer, parse_infer
 from service.v2_models import Face, RequestTimes, Statistics, base_name, config, faces_of, find_face, index, metadata
@@ -37,6 +38,8 @@ MAX_SMALL_BODY = 64 * 1024
 MAX_INLINE_JSON, MAX_INLINE_BODY, MAX_INLINE_RESULTS = 8 * 1024, 512 * 1024, 4
 """What is parsed and written on the event loop: a tenth of a millisecond at most."""
 COMPRESSIONS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+UNLOAD_PARAMETERS = {"unload_dependents"}
+"""Means nothing here: no model is made of others."""
 RETRY_AFTER_S = 2.0
 
 
@@ -81,7 +84,7 @@ class OpenInference:
 
     async def ready(self) -> Response:
         """Requests are welcome."""
-        reason = await self._parts.health.check_ready()
+        reason = await self._parts.why_not_ready()
         if reason is not None:
             raise NotReady(f"not ready: {reason}", retry_after_s=RETRY_AFTER_S)
         return _json({"ready": True})
@@ -181,20 +184,36 @@ admin_router = APIRouter(prefix="/v2/repository/models", dependencies=[Depends(r
 async def load(request: Request, name: str) -> Response:
     """Load the newest version aside, warm and check it, then let it answer."""
     document = await _small_document(request)
-    parameters = document.get("parameters", {})
-    if not isinstance(parameters, dict) or parameters:
+    if _parameters(document):
         raise MalformedRequest(
             "a model is loaded from the service's own repository as it is; files and configurations in a request are refused"
         )
     repository = parts_of(request).repository
-    await repository.load(base_name(repository, name)[0])
+    await repository.load(_known_name(repository, name))
     return _json({})
 
 
 @admin_router.post("/{name}/unload")
-async def unload(name: str) -> Response:
-    """A version leaves when another takes its place, so that a name in use never goes dark."""
-    raise NotOffered(f"model {name[:80]!r} is not unloaded; load another version or roll back, and this one leaves")
+async def unload(request: Request, name: str) -> Response:
+    """Take a model, under both its names, out of service until it is loaded again. What is in flight finishes."""
+    unknown = set(_parameters(await _small_document(request))) - UNLOAD_PARAMETERS
+    if unknown:
+        raise MalformedRequest(f"parameter {min(unknown)[:80]!r} of unload is not known; expected {', '.join(UNLOAD_PARAMETERS)}")
+    repository = parts_of(request).repository
+    await repository.unload(_known_name(repository, name))
+    return _json({})
+
+
+def _known_name(repository: Repository, name: str) -> str:
+    """The detector behind a name, served or not."""
+    return base_name({*repository.on_disk(), *(served.name for served in repository.served)}, name)[0]
+
+
+def _parameters(document: dict[str, Any]) -> dict[str, Any]:
+    parameters = document.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise MalformedRequest(f"'parameters' must be an object, got {type(parameters).__name__}")
+    return parameters
 
 
 def _json_bytes(body: bytes, header_length: str | None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +54,8 @@ def output_specs(manifest: Manifest) -> tuple[TensorSpec, ...]:
     )
 
 
-def base_name(repository: Repository, name: str) -> tuple[str, bool]:
-    """The detector behind a name, and whether the name is its tensor face. A detector that is really called so comes first."""
-    names = {served.name for served in repository.served}
+def base_name(names: Collection[str], name: str) -> tuple[str, bool]:
+    """The detector of some names that a name means, and whether it is the tensor face. A detector that is really called so comes first."""
     if name not in names and name.endswith(TENSOR_SUFFIX) and name.removesuffix(TENSOR_SUFFIX) in names:
         return name.removesuffix(TENSOR_SUFFIX), True
     return name, False
@@ -68,7 +67,7 @@ def find_face(repository: Repository, name: str, version: str | None) -> Face:
     Raises:
         ModelNotFound: says what is served. NotReady: nothing is, yet.
     """
-    base, takes_tensors = base_name(repository, name)
+    base, takes_tensors = base_name({served.name for served in repository.served}, name)
     return Face(name, repository.resolve(f"{base}@{version}" if version is not None else base), takes_tensors)
 
 
@@ -123,10 +122,11 @@ def index(repository: Repository, *, ready_only: bool) -> list[dict[str, str]]:
     """The answer of POST /v2/repository/index: what is served, and what lies in the repository besides."""
     entries = {(face.name, face.served.version): ("READY", "") for face in faces_of(repository)}
     if not ready_only:
-        for name in dict.fromkeys(served.name for served in repository.served):
-            for version in repository.versions_on_disk(name):
+        for name, versions in repository.on_disk().items():
+            reason = "unloaded" if repository.was_unloaded(name) else "not loaded"
+            for version in versions:
                 for suffix in ("", TENSOR_SUFFIX):
-                    entries.setdefault((name + suffix, version), ("UNAVAILABLE", "not loaded"))
+                    entries.setdefault((name + suffix, version), ("UNAVAILABLE", reason))
     return [{"name": name, "version": version, "state": state, "reason": reason} for (name, version), (state, reason) in entries.items()]
 
 

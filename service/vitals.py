@@ -69,7 +69,9 @@ def make_canary(repository: Repository, pipeline: Pipeline) -> Callable[[], Awai
     """One inference on a grey picture with the default model, through the queue like any request, but counted as none."""
 
     async def run_canary() -> None:
-        served = repository.resolve(None)
+        if not repository.served:
+            return  # nothing to try; readiness says so by itself
+        served = repository.served[0]
         height, width = served.manifest.input.buckets[0]
         prepared = Prepared(np.full((height, width, 3), 114, np.uint8), (height, width), (height, width))
         with served.lease():

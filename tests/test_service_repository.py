@@ -250,6 +250,88 @@ def test_watching_takes_new_versions_tries_a_broken_file_once_and_respects_a_rol
     run(scenario())
 
 
+def test_an_unloaded_model_finishes_what_is_in_flight_and_gives_its_memory_back(tmp_path):
+    write_model(tmp_path)
+
+    async def scenario():
+        app = app_on(tmp_path)
+        repository = app.state.parts.repository
+        async with running(app) as client:
+            served = repository.resolve("blobs")
+            session, entered, gate = served.loaded.runtimes[0], threading.Event(), threading.Event()
+            really_run = session.run
+
+            def held(images, sizes_hw):
+                entered.set()
+                assert gate.wait(WAIT_S)
+                return really_run(images, sizes_hw)
+
+            session.run = held
+            asked = asyncio.create_task(client.post("/v1/detect", content=picture(), headers=PNG))
+            assert await asyncio.to_thread(entered.wait, WAIT_S)
+            await repository.unload("blobs")
+            refused = await client.post("/v1/detect", content=picture(), headers=PNG)
+            assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+            assert "every model was unloaded (blobs)" in refused.json()["detail"]
+            assert refused.headers["retry-after"]
+            ready = await client.get("/readyz")
+            assert (ready.status_code, "every model was unloaded" in ready.json()["detail"]) == (503, True)
+            assert (await client.get("/healthz")).status_code == 200
+            labels = {"model": "blobs", "version": "1", "sha256": served.loaded.sha256, "provider": "cpu"}
+            assert sample(app, "detector_model_info", **labels) == 1  # still answering
+            gate.set()
+            assert (await asked).status_code == 200
+            await until(lambda: sample(app, "detector_model_info", **labels) == 0)
+            await repository.load("blobs")
+            assert (await client.get("/readyz")).status_code == 200
+            assert await versions_that_answer(client) == "blobs@1"
+
+    run(scenario())
+
+
+def test_the_default_stays_the_default_while_it_is_unloaded(tmp_path):
+    """Another model knows other classes: it must not answer in place of the one that was meant."""
+    write_model(tmp_path)
+    write_model(tmp_path, name="cells")
+
+    async def scenario():
+        async with running(app_on(tmp_path)) as client:
+            repository = client._transport.app.state.parts.repository
+            await repository.unload("blobs")
+            answer = await client.post("/v1/detect", content=picture(), headers=PNG)
+            assert (answer.status_code, answer.json()["code"]) == (404, "model_not_found")
+            assert "'blobs' was unloaded" in answer.json()["detail"]
+            assert await versions_that_answer(client, model="cells") == "cells@1"
+            assert [model["name"] for model in (await client.get("/v1/models")).json()["models"]] == ["cells"]
+            await repository.load("blobs")
+            assert await versions_that_answer(client) == "blobs@1"
+            assert [model["name"] for model in (await client.get("/v1/models")).json()["models"]] == ["blobs", "cells"]
+            with pytest.raises(ModelNotFound, match="cannot be unloaded; served: blobs@1, cells@1"):
+                await repository.unload("others")
+
+    run(scenario())
+
+
+def test_watching_brings_nothing_back_and_rollback_works_after_unload_and_load(tmp_path):
+    write_model(tmp_path)
+
+    async def scenario():
+        app = app_on(tmp_path, watch_repository_seconds=0.02)
+        repository = app.state.parts.repository
+        async with running(app) as client:
+            await repository.unload("blobs")
+            write_model(tmp_path, version="2")
+            assert repository._find_newer() == []
+            await repository.load("blobs", "1")
+            await until(lambda: repository.served[0].version == "2")  # watched again
+            await repository.unload("blobs")
+            await repository.load("blobs", "2")
+            assert (await repository.rollback("blobs")).version == "1"
+            assert await versions_that_answer(client) == "blobs@1"
+
+    run(scenario())
+
+
 def test_reloads_under_load_fail_no_request(tmp_path):
     write_model(tmp_path, version="1", score=0.6)
     write_model(tmp_path, version="2", score=0.65)

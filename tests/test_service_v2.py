@@ -243,17 +243,56 @@ def test_load_needs_the_admin_key_and_takes_no_files(tmp_path: Path) -> None:
             assert client.get_model_metadata("blobs")["versions"] == ["1"]
             client.load_model("blobs_tensor", headers=bearer)
             assert client.get_model_metadata("blobs")["versions"] == ["2"]
-            with pytest.raises(triton.InferenceServerException, match="another version"):
-                client.unload_model("blobs", headers=bearer)
             with pytest.raises(triton.InferenceServerException, match="nothing"):
                 client.load_model("nothing", headers=bearer)
     finally:
         process.stop()
 
 
+def test_unload_and_load_again(tmp_path: Path) -> None:
+    """What an unmodified client sees of a model that leaves and comes back, beside one that stays."""
+    write_model(tmp_path / "repository")
+    write_model(tmp_path / "repository", version="2")
+    write_model(tmp_path / "repository", name="cells")
+    key, line = make_key("operator")
+    (tmp_path / "keys").write_text(line + "\n")
+    process = Process(tmp_path / "repository", admin_keys_file=tmp_path / "keys", model="blobs@1,cells", canary_seconds=0)
+    bearer = {"Authorization": f"Bearer {key}"}
+    try:
+        process.until_ready()
+        with triton.InferenceServerClient(f"127.0.0.1:{process.port}") as client:
+            with pytest.raises(triton.InferenceServerException, match="key"):
+                client.unload_model("blobs")
+            assert client.is_model_ready("blobs", "1")
+            client.unload_model("blobs_tensor", headers=bearer, unload_dependents=True)
+            client.unload_model("blobs", headers=bearer)  # again: it is gone already
+            assert not any(client.is_model_ready(name) for name in ("blobs", "blobs_tensor"))
+            assert not client.is_model_ready("blobs", "1")
+            assert client.is_server_ready()
+            states = {(entry["name"], entry["version"]): (entry["state"], entry["reason"]) for entry in client.get_model_repository_index()}
+            assert states["blobs", "1"] == states["blobs_tensor", "2"] == ("UNAVAILABLE", "unloaded")
+            assert states["cells", "1"] == ("READY", "")
+            with pytest.raises(triton.InferenceServerException, match="was unloaded and answers again when it is loaded"):
+                client.infer("blobs", [image_input(picture())])
+            with pytest.raises(triton.InferenceServerException, match="nothing"):
+                client.unload_model("nothing", headers=bearer)
+            assert client.infer("cells", [image_input(picture())]).as_numpy("num_detections").tolist() == [2]
+            client.unload_model("cells", headers=bearer)
+            assert client.is_server_live()
+            assert not client.is_server_ready()
+            client.load_model("blobs_tensor", headers=bearer)
+            assert client.is_server_ready()
+            assert client.infer("blobs", [image_input(picture())]).get_response()["model_version"] == "2"
+            with pytest.raises(triton.InferenceServerException, match="was unloaded"):
+                client.get_model_metadata("cells")
+    finally:
+        process.stop()
+
+
 def test_without_admin_keys_nothing_can_be_loaded(client: triton.InferenceServerClient) -> None:
-    with pytest.raises(triton.InferenceServerException, match="nothing is at"):
-        client.load_model("blobs")
+    for change in (client.load_model, client.unload_model):
+        with pytest.raises(triton.InferenceServerException, match="nothing is at"):
+            change("blobs")
 
 
 # Bodies by hand, on a simulated device
