@@ -37,7 +37,9 @@ from benchmarks.serving_process import ServerMissing, Serving, busy_cpu_seconds,
 from benchmarks.serving_report import write_report
 
 OURS = "ours"
+OURS_BUCKETS = "ours_buckets"
 PEERS = ("fastapi", "mosec", "litserve", "bentoml", "ray")
+SERVERS = (OURS, OURS_BUCKETS, *PEERS)
 FORM_FIELDS = {"litserve": "request", "bentoml": "images"}
 """Servers that take pictures only as a form, and the field's name."""
 PACKAGES = {"fastapi": "fastapi", "mosec": "mosec", "litserve": "litserve", "bentoml": "bentoml", "ray": "ray"}
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"of {OURS}, {', '.join(PEERS)} (default: all)")
+    parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"of {', '.join(SERVERS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=2, help="each server is measured so often, in alternating order (default 2)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each run, warm-up included (default 8)")
     parser.add_argument(
@@ -62,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     options = parser.parse_args(arguments)
-    names = options.servers or [OURS, *PEERS]
-    unknown = set(names) - {OURS, *PEERS}
+    names = options.servers or SERVERS
+    unknown = set(names) - set(SERVERS)
     if unknown:
-        parser.error(f"no such server: {', '.join(sorted(unknown))}; choose of {OURS}, {', '.join(PEERS)}")
+        parser.error(f"no such server: {', '.join(sorted(unknown))}; choose of {', '.join(SERVERS)}")
     report = run_on_fast_loop(
         measure_all(names, rounds=options.rounds, seconds=options.seconds, patience_s=options.patience, console=Console())
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.peers.simulated import BOXES, CLASS_NAMES, LABELS, SCORES, SPEC, SimulatedDevice, port_argument
 from service.app import create_app
 from service.logs import configure_logs
-from service.manifest import Manifest, Training
+from service.manifest import InputSpec, Manifest, Training
 from service.runtime import Detections
 from service.server import make_server, serve
 from service.settings import load_settings
@@ -30,13 +30,13 @@ class SimulatedRuntime:
 
     provider = "simulated"
 
-    def __init__(self) -> None:
+    def __init__(self, spec: InputSpec = SPEC) -> None:
         self._device = SimulatedDevice()
         self._manifest = Manifest(
             name="simulated",
             version="1",
             class_names=list(CLASS_NAMES),
-            input=SPEC,
+            input=spec,
             score_floor=0.05,
             detections_per_image=DETECTIONS_PER_IMAGE,
             architecture="none",
@@ -67,11 +67,11 @@ class SimulatedRuntime:
         self._device.close()
 
 
-def main() -> int:
+def main(spec: InputSpec = SPEC) -> int:
     """Serve until told to stop."""
     settings = load_settings(host="127.0.0.1", port=port_argument(), log_level="warning", drain_seconds=0.0)
     configure_logs(settings.log_level, settings.log_format)
-    server = make_server(create_app(settings, runtime=SimulatedRuntime()), settings)
+    server = make_server(create_app(settings, runtime=SimulatedRuntime(spec)), settings)
     profile = cProfile.Profile(time.thread_time) if PROFILE_VARIABLE in os.environ else None
     if profile is not None:
         profile.enable()

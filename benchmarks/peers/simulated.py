@@ -1,6 +1,7 @@
 """What every server of the comparison shares: the decoding, a device of 4 ms a batch and 1.5 ms an image, and the answer.
 
-The device takes time and no CPU, as a GPU does. A file lock makes it one device for all processes of a server.
+The device takes time and no CPU, as a GPU does. A file lock makes it one device for all processes of a server. It takes any mix of
+pictures in one batch, which a model does only if it has one input shape: so SPEC has one bucket, and every server batches alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ SECONDS_A_BATCH = 0.004
 SECONDS_AN_IMAGE = 0.0015
 MAX_BATCH_SIZE = 16
 DECODE_THREADS = 2
-SPEC = InputSpec(short_side=384, long_side=640, buckets=[(384, 384), (384, 512), (512, 384), (384, 640), (640, 384)])
+SPEC = InputSpec(short_side=384, long_side=640, buckets=[(640, 640)])
+FIVE_BUCKETS = [(384, 384), (384, 512), (512, 384), (384, 640), (640, 384)]
+"""What a real model would rather have: less padding, but a batch holds pictures of one shape."""
 LIMITS = ImageLimits(max_bytes=32 << 20, max_pixels=50_000_000)
 BOXES = np.array([[10, 20, 110, 90], [40, 30, 200, 180], [100, 50, 180, 220], [5, 5, 60, 70], [120, 90, 300, 260]], dtype=np.float32)
 SCORES = (0.98, 0.93, 0.87, 0.74, 0.61)
