@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.data.loader import Batch
 from model.faster_rcnn import FasterRCNN, Targets
+from model.host_memory import keep_freed_memory
 from model.optimization import MovingAverage, build_optimizer, set_learning_rate
 from model.processes import Processes
 from model.training import TrainConfig
@@ -27,6 +28,8 @@ class Learner:
             if processes.device.type != "cuda":
                 raise ValueError("training.sync_bn needs CUDA devices; leave it off on CPUs (--set training.sync_bn=false)")
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # type: ignore[no-untyped-call]
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         self.detector = detector.to(processes.device)
         self.config, self.processes = config, processes
         self.average = MovingAverage(self.detector, config.ema_decay) if config.ema_decay else None

@@ -16,6 +16,7 @@ from torchvision.ops import roi_align, roi_pool
 from model import boxes as box_ops
 from model.config import RoIConfig
 from model.precision import at_least_fp32
+from model.sparse_roi_align import sparse_roi_align
 
 BORDER = 1
 """Replicated cells above and left of each level on the canvas: bilinear samples at its edge see what clamping would give."""
@@ -115,14 +116,10 @@ def _per_level(values: Sequence[float | int], levels: Tensor, like: Tensor) -> T
 def _align(feature: Tensor, rois: Tensor, scale: float, config: RoIConfig) -> Tensor:
     """RoIAlign in at least fp32: a coordinate of 300 is only known to 2 pixels in bf16."""
     exact = at_least_fp32(feature)
-    pooled: Tensor = roi_align(
-        exact,
-        _with_batch_index(rois).to(exact.dtype),
-        config.pool_size,
-        spatial_scale=scale,
-        sampling_ratio=config.sampling_ratio,
-        aligned=config.pool == "align",
-    )
+    learns_on_cpu = torch.is_grad_enabled() and exact.requires_grad and exact.device.type == "cpu"
+    align = sparse_roi_align if learns_on_cpu else roi_align
+    indexed = _with_batch_index(rois).to(exact.dtype)
+    pooled: Tensor = align(exact, indexed, config.pool_size, scale, config.sampling_ratio, config.pool == "align")
     return pooled.to(feature.dtype)
 
 
