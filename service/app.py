@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__, admin, catalogue, openapi, routes, site, v2
 from service.auth import KeyRing, read_keys
+from service.head import HeadMiddleware
 from service.health import EXIT_DEVICE_LOST, EXIT_NO_MODEL, Health
 from service.images import ImageLimits
 from service.inference import make_run
@@ -83,6 +84,7 @@ def create_operations_app(parts: Parts) -> FastAPI:
     """The application for `operations_port`: health, metrics, dashboard and admin routes. It shares the parts and starts nothing."""
     app = FastAPI(title="faster-rcnn-service operations", version=__version__, docs_url=None, redoc_url=None)
     app.state.parts = parts
+    app.add_middleware(HeadMiddleware)
     install_handlers(app)
     app.include_router(status_router(operations=True))
     app.include_router(site.page_router(["/dashboard"]))  # it reads the /metrics beside it
@@ -141,6 +143,7 @@ def _make_loader(settings: Settings, devices: Sequence[int], metrics: Metrics) -
 def _surround(app: FastAPI, parts: Parts) -> None:
     """Middleware; the one that is added last is the outermost."""
     settings = parts.settings
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(DirectMiddleware, routes=[route for route in routes.detecting.routes if isinstance(route, DetectingRoute)])
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_upload_bytes, timeout_s=settings.body_timeout_ms / 1e3)
     if parts.api_keys is not None:

@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 ENV_PREFIX = "DETECTOR_"
 MEBIBYTE = 1024 * 1024
+MAX_PIXELS_CEILING = 178_956_970
+"""Of service.decoding, where the reason stands; written again so that settings import nothing."""
 
 Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
 Names = Annotated[tuple[str, ...], NoDecode]
@@ -78,7 +80,9 @@ class Settings(BaseSettings):
 
     request_timeout_ms: int = Field(10_000, ge=1, le=600_000, description="Longest a request may take; `timeout_ms` can only lower it.")
     max_upload_bytes: int = Field(32 * MEBIBYTE, ge=1024, description="Largest body, before and after inflating; 413 beyond.")
-    max_image_pixels: int = Field(50_000_000, ge=1024, description="Most pixels of a picture, read from its header; 413 beyond.")
+    max_image_pixels: int = Field(
+        50_000_000, ge=1024, le=MAX_PIXELS_CEILING, description="Most pixels of a picture, read from its header; 413 beyond."
+    )
     max_batch_images: int = Field(64, ge=1, le=4096, description="Most images in one batch request.")
     max_header_bytes: int = Field(32 * 1024, ge=1024, le=MEBIBYTE, description="Largest request line and headers together; 431 beyond.")
     header_timeout_ms: int = Field(10_000, ge=100, le=600_000, description="Longest a client may take to send its headers.")

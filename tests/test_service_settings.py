@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from service.settings import ENV_PREFIX, Settings, SettingsError, describe_settings, load_settings
+from service import decoding
+from service.settings import ENV_PREFIX, MAX_PIXELS_CEILING, Settings, SettingsError, describe_settings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +74,11 @@ def test_every_setting_has_a_line_of_help_and_a_name_with_its_unit():
         assert ENV_PREFIX + name.upper() in text
         if field.annotation is float:
             assert name.endswith("_seconds"), name
+
+
+def test_the_bound_on_pixels_is_the_decoder_s():
+    """Above it, some readers refuse on their own, and ImageLimits cannot be made."""
+    assert MAX_PIXELS_CEILING == decoding.MAX_PIXELS_CEILING
+    assert Settings(max_image_pixels=MAX_PIXELS_CEILING).max_image_pixels == MAX_PIXELS_CEILING
+    with pytest.raises(SettingsError, match=r"DETECTOR_MAX_IMAGE_PIXELS: .*178956970"):
+        load_settings(max_image_pixels=MAX_PIXELS_CEILING + 1)
