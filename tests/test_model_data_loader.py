@@ -100,7 +100,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_workers_position_and_ranks_change_no_batch(scenes: DetectionSet) -> None:
-    augment = AugmentConfig(vflip=0.5, rot90=0.5, scale=(0.7, 1.4), brightness=0.2, hue=0.1, mosaic=0.3)
+    augment = AugmentConfig(vflip=0.5, rot90=0.5, scale=(0.7, 1.4), brightness=0.2, hue=0.1, mosaic=0.3, copy_paste=0.5)
     config = TrainConfig(epochs=2, batch_size=4, workers=0, augment=augment)
     state = torch.get_rng_state()
     whole = run(scenes, config)

@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from model.data.colour import to_srgb
+
 STRIDE = 32
 EXIF_ORIENTATION = 0x0112
+PNG_XMP = "XML:com.adobe.xmp"
 SIDEWAYS = frozenset({5, 6, 7, 8})
 """EXIF orientations whose stored width is the upright height."""
 
@@ -61,7 +64,9 @@ def open_image(path: Path) -> Image.Image:
 
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation as the header has it, 1 where there is none or it cannot be read."""
-    if image.format == "PNG" and "exif" not in image.info:
+    if image.format == "TIFF":
+        return 1  # Pillow turns it while it loads
+    if image.format == "PNG" and not {"exif", PNG_XMP} & image.info.keys():
         return 1  # Pillow would decode the whole picture to look for EXIF behind the pixels
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
@@ -87,7 +92,7 @@ def read_rgb(
         expected_hw: the size that the annotation states.
 
     Returns:
-        uint8 [H, W, 3], RGB.
+        uint8 [H, W, 3], sRGB.
 
     Raises:
         ImageError: missing, unreadable or truncated, or not of `expected_hw`.
@@ -125,7 +130,7 @@ def _decode(image: Image.Image, path: Path, turn: Image.Transpose | None) -> Ima
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            rgb = image.convert("RGB")
+            rgb = to_srgb(image)
             return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError, ...
         raise ImageError("truncated image", f"{path.name} cannot be decoded: {error}") from None
