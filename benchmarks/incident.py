@@ -1,8 +1,13 @@
-"""A scripted incident, watched by a real Prometheus: `python -m benchmarks.incident --out FOLDER` (about 18 minutes).
+"""A scripted incident, watched by a real Prometheus: `python -m benchmarks.incident --out FOLDER`.
 
-Calm, then many more requests than the device can answer, calm, a broken model version, calm, a device that hangs and stays lost until it
-is repaired, calm, a service that nobody starts again. Writes what alerts fired when (incident.json) and what the dashboard showed
-(incident.png).
+Calm, then many more requests than the device can answer, calm, a broken model version, a device whose memory is full, calm, a device
+that hangs and stays so when the service is started again, one that is lost until it is repaired, calm, a service that nobody starts again.
+Every alert of deploy/prometheus fires. Writes when (incident.json), the charts (incident.png) and every panel of the Grafana dashboard
+(incident_dashboard.png).
+
+The service, Prometheus, its rules and the supervisor are real. Simulated are the device's faults (benchmarks/incident_service.py) and
+the exporters of a GPU machine (benchmarks/incident_exporter.py). 28 minutes; with `--hold 0.1`, which shortens how long the rules
+want a fault to last, 12.
 """
 
 from __future__ import annotations
@@ -16,63 +21,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import matplotlib as mpl
 
+from benchmarks.incident_exporter import GpuMachine, exported
+from benchmarks.incident_report import Story, plot, plot_dashboard, read_series, report
 from benchmarks.live import ROOT, Prometheus, Service, free_port
 from service.auth import make_key
 
-CALM_S, OVERLOAD_S, HANG_S, LOST_S, STOPPED_S = 75.0, 400.0, 90.0, 180.0, 75.0
-GAP_S = 5.0
-"""Alerts that are silent no longer than this are one span."""
+CALM_S = 75.0
+"""A window of a minute forgets the phase before."""
+WINDOW_S, MARGIN_S = 60.0, 30.0
+OVERLOAD_FOR_S, MEMORY_FOR_S, NOT_READY_FOR_S, DOWN_FOR_S = 600.0, 300.0, 120.0, 60.0
+"""How long the rules want these faults to last: DetectorSaturated, DeviceMemoryHigh, DetectorNotReady, DetectorDown."""
+WATCHDOG_S = 60.0
 RESTART_S = 3.0
 """A supervisor waits this long before it starts the service again."""
-SETTINGS = {"provider": "cpu", "intra_op_threads": 1, "drain_seconds": 0, "canary_seconds": 5, "request_timeout_ms": 2000}
-
-CHARTS: dict[str, dict[str, str]] = {
-    "requests/s": {
-        "offered": "detector:images_offered:rate1m",
-        "served": "detector:images_served:rate1m",
-        "goodput": "detector:goodput:rate1m",
-    },
-    "seconds": {
-        "p50": "detector:request_seconds:p50_rate1m",
-        "p99": "detector:request_seconds:p99_rate1m",
-        "objective": "detector:latency_objective_seconds",
-    },
-    "share": {
-        "server errors": "detector:errors:ratio_rate5m",
-        "refused (429)": "detector:overload:ratio_rate5m",
-        "saturation": "detector:saturation:ratio_rate1m",
-    },
-    "oldest in queue, s": {"oldest": "max(detector_queue_oldest_age_seconds)"},
-    "failed reloads, restarts": {
-        "failed reloads": 'sum(detector_reloads_total{outcome="failed"})',
-        "restarts": 'changes(process_start_time_seconds{job="detector"}[30m])',
-    },
+IMPATIENT_S = 1.5
+"""Clients of the overload leave after this."""
+FULL_MEMORY = 0.96
+SHADOW_SHARE = 0.2
+SETTINGS = {
+    "provider": "cpu",
+    "intra_op_threads": 1,
+    "drain_seconds": 0,
+    "canary_seconds": 5,
+    "request_timeout_ms": 2000,
+    "watchdog_seconds": WATCHDOG_S,
 }
-
-
-@dataclass
-class Story:
-    """What happened, in seconds since 1970."""
-
-    phases: list[tuple[str, float]] = field(default_factory=list)
-    notes: list[tuple[float, str]] = field(default_factory=list)
-
-    def phase(self, name: str) -> None:
-        """A new phase begins."""
-        self.phases.append((name, time.time()))
-        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-
-    def note(self, text: str) -> None:
-        """One event."""
-        self.notes.append((time.time(), text))
-        print(f"{time.strftime('%H:%M:%S')}   {text}", flush=True)
 
 
 class Supervised:
@@ -101,11 +80,27 @@ class Supervised:
         self.service.stop()
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a play needs: where things are, and how much of it."""
+
+    story: Story
+    url: str
+    admin_key: str
+    models: Path
+    device: Path
+    """The file that says what the device does."""
+    gpu: GpuMachine
+    calm_rate: float
+    overload_rate: float
+    hold: float
+
+
 @contextmanager
-def load(url: str, rate: float) -> Iterator[None]:
+def load(url: str, rate: float, *, timeout_s: float = 5.0) -> Iterator[None]:
     """Requests in an open loop while inside."""
-    command = [sys.executable, "-m", "benchmarks.load", f"{url}/v1/detect", "--rate", str(rate), "--seconds", "3600", "--timeout", "5"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks.load", f"{url}/v1/detect", "--rate", str(rate), "--seconds", "7200"]
+    process = subprocess.Popen([*command, "--timeout", str(timeout_s)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:
@@ -113,160 +108,125 @@ def load(url: str, rate: float) -> Iterator[None]:
         process.wait(60)
 
 
-def play(folder: Path, repository: Path, rates: tuple[float, float], image_ms: float) -> tuple[Story, dict[str, Any]]:
-    """The incident. Returns the story, and every chart's and the alerts' series."""
-    story, state = Story(), folder / "device"
-    state.write_text("works")
+@contextmanager
+def ticking(gpu: GpuMachine, prometheus: Prometheus) -> Iterator[None]:
+    """Let the simulated GPU be as busy as the device of the service is."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(1.0):
+            found = prometheus.query("detector:saturation:ratio_rate1m")
+            gpu.tick(min(1.0, float(found[0]["value"][1])) if found else 0.0)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def play(folder: Path, repository: Path, rates: tuple[float, float], *, image_ms: float, hold: float) -> tuple[Story, dict[str, Any]]:
+    """The incident. Returns the story, and every chart's, panel's and alert's series."""
+    story, device, gpu, port = Story(), folder / "device", GpuMachine(), free_port()
+    device.write_text("works")
     models = copy_models(repository, folder / "models")
     key, line = make_key("incident")
     (folder / "keys").write_text(line + "\n")
-    settings = {**SETTINGS, "model_repository": models, "admin_keys_file": folder / "keys"}
-    command = [sys.executable, "-m", "benchmarks.incident_service", state, str(image_ms)]
-    port = free_port()
+    shadow = f"{next(models.iterdir()).name}@1={SHADOW_SHARE}"
+    settings = {**SETTINGS, "model_repository": models, "admin_keys_file": folder / "keys", "shadow": shadow}
+    command = [sys.executable, "-m", "benchmarks.incident_service", device, str(image_ms)]
     supervised = Supervised(lambda: Service(folder / "service.log", port=port, command=command, **settings), story)
     try:
         supervised.service.until_ready()
-        with Prometheus(folder / "prometheus", port) as prometheus:
+        with exported(gpu) as exporter_port, Prometheus(folder / "prometheus", port, exporter_port=exporter_port, hold=hold) as prometheus:
             started = time.time()
-            perform(story, supervised.service.url, key, models, state, rates)
-            story.phase("stopped")
-            supervised.stop()
-            time.sleep(STOPPED_S)
+            with ticking(gpu, prometheus):
+                perform(Stage(story, supervised.service.url, key, models, device, gpu, *rates, hold))
+                story.phase("stopped")
+                supervised.stop()
+                time.sleep(DOWN_FOR_S * hold + MARGIN_S)
             return story, read_series(prometheus, started, time.time())
     finally:
-        state.write_text("works")
+        device.write_text("works")
         supervised.stop()
 
 
-def perform(story: Story, url: str, key: str, models: Path, state: Path, rates: tuple[float, float]) -> None:
+def perform(stage: Stage) -> None:
     """Phase after phase."""
-    calm, overload = rates
-    with load(url, calm):
+    story, device, hold = stage.story, stage.device, stage.hold
+    with load(stage.url, stage.calm_rate):
         story.phase("calm")
         time.sleep(CALM_S)
-        with load(url, overload):
+        with load(stage.url, stage.overload_rate, timeout_s=IMPATIENT_S):
             story.phase("overload")
-            time.sleep(OVERLOAD_S)
+            time.sleep(WINDOW_S + OVERLOAD_FOR_S * hold + MARGIN_S)
         story.phase("calm ")
         time.sleep(CALM_S)
         story.phase("broken model")
-        story.note(break_model(url, key, models))
-        time.sleep(CALM_S)
+        story.note(break_model(stage))
+        time.sleep(MARGIN_S)
+        story.phase("memory full")
+        stage.gpu.use(FULL_MEMORY)
+        device.write_text("memory")
+        time.sleep(MEMORY_FOR_S * hold + MARGIN_S)
+        story.phase("calm  ")
+        stage.gpu.use(0.4)
+        device.write_text("works")
+        time.sleep(MARGIN_S)
         story.phase("device hangs")
-        state.write_text("hang")
-        time.sleep(HANG_S)
+        device.write_text("hang")
+        time.sleep(WATCHDOG_S + WINDOW_S / 2 + NOT_READY_FOR_S * hold + 2 * MARGIN_S)
         story.phase("device lost")
-        state.write_text("lost")
-        time.sleep(LOST_S)
+        device.write_text("lost")
+        time.sleep(WINDOW_S + MARGIN_S)
         story.phase("repaired")
-        state.write_text("works")
-        time.sleep(2 * CALM_S)
+        device.write_text("works")
+        time.sleep(CALM_S)
 
 
 def copy_models(source: Path, target: Path) -> Path:
-    """Each model's newest version; the incident writes into the copy."""
+    """Each model's newest version, twice: as 1, which runs in the shadow, and as 2, which is served. The incident writes into the copy."""
     for name in sorted(path for path in source.iterdir() if path.is_dir()):
         newest = max((file.parent for file in name.glob("*/model.onnx")), key=lambda folder: int(folder.name), default=None)
-        if newest is not None:
-            place = target / name.name / "1"
+        for version in ("1", "2") if newest is not None else ():
+            place = target / name.name / version
             place.mkdir(parents=True)
             (place / "model.onnx").write_bytes((newest / "model.onnx").read_bytes())
     return target
 
 
-def break_model(url: str, key: str, models: Path) -> str:
+def break_model(stage: Stage) -> str:
     """A version whose copy was cut off. Returns what the service says to it."""
-    name = next(models.iterdir()).name
-    whole = (models / name / "1" / "model.onnx").read_bytes()
-    (models / name / "2").mkdir()
-    (models / name / "2" / "model.onnx").write_bytes(whole[: len(whole) // 2])
-    answer = httpx.post(f"{url}/v1/models/{name}/load", json={"version": "2"}, headers={"authorization": f"Bearer {key}"}, timeout=60)
-    return f"load of version 2: {answer.status_code} {answer.json().get('detail', '')[:200]}"
-
-
-def read_series(prometheus: Prometheus, start: float, end: float) -> dict[str, Any]:
-    """Everything that the plot and the report need."""
-    charts = {
-        chart: {label: prometheus.query_range(expression, start, end) for label, expression in lines.items()}
-        for chart, lines in CHARTS.items()
-    }
-    return {"start": start, "end": end, "charts": charts, "alerts": prometheus.query_range('ALERTS{alertstate="firing"}', start, end)}
-
-
-def firing_spans(series: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Alert -> the spans in which it fired for any replica, earliest alert first."""
-    moments: dict[str, set[float]] = {}
-    for alert in series["alerts"]:
-        moments.setdefault(alert["metric"]["alertname"], set()).update(float(moment) for moment, _ in alert["values"])
-    spans = {name: _joined(sorted(times)) for name, times in moments.items()}
-    return dict(sorted(spans.items(), key=lambda item: item[1]))
-
-
-def _joined(times: list[float]) -> list[tuple[float, float]]:
-    spans: list[tuple[float, float]] = []
-    for moment in times:
-        if spans and moment - spans[-1][1] <= GAP_S:
-            spans[-1] = (spans[-1][0], moment)
-        else:
-            spans.append((moment, moment))
-    return spans
-
-
-def report(story: Story, series: dict[str, Any]) -> dict[str, Any]:
-    """Phases, events and alerts with seconds since the start."""
-    start = series["start"]
-    return {
-        "phases": [{"name": name.strip(), "from_s": round(at - start, 1)} for name, at in story.phases],
-        "events": [{"at_s": round(at - start, 1), "text": text} for at, text in story.notes],
-        "alerts": {name: [(round(a - start), round(b - start)) for a, b in spans] for name, spans in firing_spans(series).items()},
-    }
-
-
-def plot(story: Story, series: dict[str, Any], path: Path) -> None:
-    """The charts over one time axis, with the phases behind them and the alerts below."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    start = series["start"]
-    figure, axes = plt.subplots(len(CHARTS) + 1, 1, figsize=(13, 15), sharex=True, constrained_layout=True)
-    for axis, (unit, lines) in zip(axes, series["charts"].items(), strict=False):
-        for label, found in lines.items():
-            for one in found:
-                axis.plot([t - start for t, _ in one["values"]], [float(v) for _, v in one["values"]], label=label)
-        axis.set_ylabel(unit)
-        axis.set_ylim(bottom=0)
-        axis.legend(loc="upper left", fontsize=8)
-    spans = firing_spans(series)
-    for row, fired in enumerate(spans.values()):
-        axes[-1].broken_barh([(first - start, max(last - first, 1.0)) for first, last in fired], (row - 0.4, 0.8), color="tab:red")
-    axes[-1].set_yticks(range(len(spans)), list(spans))
-    axes[-1].set_xlabel("seconds")
-    ends = [at for _, at in story.phases[1:]] + [series["end"]]
-    for axis in axes:
-        for (name, at), until in zip(story.phases, ends, strict=True):
-            if not name.startswith("calm") and name != "repaired":
-                axis.axvspan(at - start, until - start, color="tab:orange", alpha=0.15)
-    for name, at in story.phases:
-        axes[0].text(at - start, axes[0].get_ylim()[1], name, fontsize=8, va="bottom", rotation=15)
-    figure.savefig(path, dpi=100)
+    name = next(stage.models.iterdir()).name
+    whole = (stage.models / name / "2" / "model.onnx").read_bytes()
+    (stage.models / name / "3").mkdir()
+    (stage.models / name / "3" / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    headers = {"authorization": f"Bearer {stage.admin_key}"}
+    answer = httpx.post(f"{stage.url}/v1/models/{name}/load", json={"version": "3"}, headers=headers, timeout=60)
+    return f"load of version 3: {answer.status_code} {answer.json().get('detail', '')[:200]}".replace(str(stage.models), "model_repository")
 
 
 def main() -> int:
     """Play it and write what was seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for incident.json and incident.png")
+    parser.add_argument("--out", type=Path, required=True, help="folder for incident.json, incident.png and incident_dashboard.png")
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="model to serve (default: the bundled demo)")
     parser.add_argument("--calm", type=float, default=3.0, help="requests a second in calm times (default 3)")
     parser.add_argument("--overload", type=float, default=60.0, help="more of them during the overload (default 60)")
     parser.add_argument("--image-ms", type=float, default=0.0, help="simulated device time on top of each image's inference (default 0)")
+    parser.add_argument("--hold", type=float, default=1.0, help="factor on the rules' `for:` (default 1: as they are)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    rates = (options.calm, options.overload)
     with tempfile.TemporaryDirectory() as folder:
-        story, series = play(Path(folder), options.repository, (options.calm, options.overload), options.image_ms)
-    found = report(story, series)
+        story, series = play(Path(folder), options.repository, rates, image_ms=options.image_ms, hold=options.hold)
+    found = {"rules_hold": options.hold, "simulated_image_ms": options.image_ms, **report(story, series)}
     (options.out / "incident.json").write_text(json.dumps(found, indent=1) + "\n")
     plot(story, series, options.out / "incident.png")
-    print(json.dumps(found["alerts"], indent=1))
+    plot_dashboard(story, series, options.out / "incident_dashboard.png")
+    print(json.dumps({name: found[name] for name in ("alerts", "alerts_that_never_fired", "panels_without_data")}, indent=1))
     return 0
 
 

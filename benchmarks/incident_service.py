@@ -1,7 +1,8 @@
 """The real service on a device that dies when a file says so: `python -m benchmarks.incident_service FILE IMAGE_MS`.
 
 Everything is the service's own, the runtime and the model too; only the moment at which the device hangs or is lost is chosen from
-outside: FILE holds `hang` (an inference never ends), `lost` (it raises) or anything else (it works).
+outside: FILE holds `hang` (an inference never ends), `lost` (it raises, for good), `memory` (now and then there is none left for a
+batch) or anything else (it works).
 IMAGE_MS is added to each image, so that a small model stands for a larger one: then the device is full before the CPU is.
 """
 
@@ -16,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import app, loading, logs
-from service.device_errors import DeviceLost
+from service.device_errors import DeviceLost, DeviceOutOfMemory
 from service.manifest import Manifest
 from service.runtime import Detections, Runtime
 from service.server import make_server, serve
 from service.settings import load_settings
 
 PERIOD_S = 0.1
+RUNS_UNTIL_FULL = 5
+"""With a full memory every so manieth inference finds no room."""
 
 
 class MortalRuntime:
@@ -32,6 +35,7 @@ class MortalRuntime:
         self._inner = inner
         self._image_s = image_s
         self._state = state
+        self._runs = 0
         self.provider = inner.provider
 
     @property
@@ -45,6 +49,9 @@ class MortalRuntime:
             time.sleep(PERIOD_S)
         if self._word() == "lost":
             raise DeviceLost("the device fell off the bus (simulated)")
+        self._runs += 1
+        if self._word() == "memory" and self._runs % RUNS_UNTIL_FULL == 0:
+            raise DeviceOutOfMemory("no memory is left on the device (simulated)")
         time.sleep(self._image_s * len(images))
         return self._inner.run(images, image_sizes_hw)
 

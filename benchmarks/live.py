@@ -6,6 +6,7 @@ Prometheus runs with this project's own configuration and rules; only where it f
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -85,16 +86,29 @@ class Service(Child):
 
 
 class Prometheus(Child):
-    """Prometheus with the rules of deploy/prometheus, scraping one service."""
+    """Prometheus with the rules of deploy/prometheus, scraping one service.
 
-    def __init__(self, folder: Path, target_port: int, *, interval_s: float = 1.0) -> None:
+    Args:
+        folder: for its configuration, storage and log.
+        target_port: of the service.
+        interval_s: between scrapes, and between evaluations.
+        exporter_port: of what stands for the exporters of a GPU machine, if anything does.
+        hold: factor on how long the alerts want a fault to last.
+    """
+
+    def __init__(
+        self, folder: Path, target_port: int, *, interval_s: float = 1.0, exporter_port: int | None = None, hold: float = 1.0
+    ) -> None:
         binary = shutil.which("prometheus")
         if binary is None:
             raise FileNotFoundError("no prometheus here; install the Debian package `prometheus`")
         folder.mkdir(parents=True, exist_ok=True)
         self.url = f"http://127.0.0.1:{free_port()}"
         configuration = folder / "prometheus.yml"
-        configuration.write_text(yaml.safe_dump(pointed_at(target_port, interval_s)))
+        pointed = pointed_at(target_port, interval_s, exporter_port)
+        if hold != 1.0:
+            pointed["rule_files"] = [str(path) for path in impatient_rules(folder / "rules", hold)]
+        configuration.write_text(yaml.safe_dump(pointed))
         listen = f"--web.listen-address={self.url.removeprefix('http://')}"
         command = [binary, f"--config.file={configuration}", f"--storage.tsdb.path={folder / 'data'}", listen, "--log.level=warn"]
         super().__init__(command, folder / "prometheus.log")
@@ -127,17 +141,31 @@ class Prometheus(Child):
         return answer["data"]
 
 
-def pointed_at(target_port: int, interval_s: float) -> dict[str, Any]:
+def pointed_at(target_port: int, interval_s: float, exporter_port: int | None = None) -> dict[str, Any]:
     """The project's configuration with the service at a port of this machine; exporters that are not here are left out."""
     configuration: dict[str, Any] = yaml.safe_load(CONFIGURATION.read_text())
     every = f"{int(interval_s * 1000)}ms"
     configuration["global"] |= {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every}
     configuration["rule_files"] = [str(CONFIGURATION.parent / pattern) for pattern in configuration["rule_files"]]
-    job = next(job for job in configuration["scrape_configs"] if job["job_name"] == "detector")
-    del job["dns_sd_configs"]
-    job["static_configs"] = [{"targets": [f"127.0.0.1:{target_port}"]}]
-    configuration["scrape_configs"] = [job]
+    ports = {"detector": target_port, "dcgm": exporter_port}
+    jobs = [job for job in configuration["scrape_configs"] if ports.get(job["job_name"]) is not None]
+    for job in jobs:
+        del job["dns_sd_configs"]
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[job['job_name']]}"]}]
+    configuration["scrape_configs"] = jobs
     return configuration
+
+
+def impatient_rules(folder: Path, hold: float) -> list[Path]:
+    """Copies of the rules whose alerts wait only this share of their `for:`; expressions and windows are the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = []
+    for path in sorted((CONFIGURATION.parent / "rules").glob("*.yml")):
+        copies.append(folder / path.name)
+        copies[-1].write_text(
+            re.sub(r"(?m)^(\s*for: )(\d+)m$", lambda found: f"{found[1]}{round(int(found[2]) * 60 * hold)}s", path.read_text())
+        )
+    return copies
 
 
 def free_port() -> int:
