@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,6 +21,10 @@ Names = Annotated[tuple[str, ...], NoDecode]
 """Comma-separated in the environment."""
 
 
+KUBERNETES_LINK = re.compile(r"DETECTOR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+"""What Kubernetes puts into the environment of every pod beside a Service named `detector` or `detector-...`."""
+
+
 class SettingsError(ValueError):
     """A setting that does not exist or a value out of bounds, as a sentence that names the variable."""
 
@@ -31,6 +36,11 @@ class _StrictEnvironment(EnvSettingsSource):
         known = [ENV_PREFIX + name.upper() for name in self.settings_cls.model_fields]
         for name in os.environ:
             if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+                if KUBERNETES_LINK.fullmatch(name) or os.environ[name].startswith("tcp://"):
+                    raise SettingsError(
+                        f"{name} is not a setting: Kubernetes adds it because a Service here has a name that begins with `detector`; "
+                        "set `enableServiceLinks: false` in the pod's spec, as deploy/kubernetes does"
+                    )
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0.0)
                 raise SettingsError(f"{name} is not a setting; did you mean {near[0]}? `python -m service --help` lists all of them")
         return super().__call__()

@@ -40,6 +40,21 @@ def test_a_misspelt_name_is_refused_with_the_nearest_one(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("DETECTOR_SERVICE_HOST", "10.0.0.7"),
+        ("DETECTOR_SERVICE_PORT_HTTP", "80"),
+        ("DETECTOR_PORT_80_TCP_ADDR", "10.0.0.7"),
+        ("DETECTOR_GPU_PORT", "tcp://10.0.0.7:80"),
+    ],
+)
+def test_variables_that_kubernetes_adds_for_a_service_are_told_from_misspelt_ones(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name} is not a setting: Kubernetes adds it .* `enableServiceLinks: false`"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
         ("DETECTOR_PORT", "abc"),
         ("DETECTOR_PORT", "70000"),
         ("DETECTOR_PROVIDER", "gpu"),
