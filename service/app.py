@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,16 @@ def _make_parts(settings: Settings, runtime: Runtime | None) -> Parts:
     metrics = Metrics(triton_aliases=settings.metrics_triton_aliases)
     health = Health(canary_seconds=settings.canary_seconds)
     devices = [0] if runtime is not None else [int(device) for device in settings.device_ids]
+    loader = None if runtime is not None else _make_loader(settings, devices, metrics)
     scheduler = Scheduler(
         devices=len(devices),
         max_queue_images=settings.max_queue_images,
         max_queue_bytes=settings.max_queue_bytes,
         observer=ServiceObserver(metrics, health),
-        on_device_lost=lambda error: _leave_lost_device(metrics, health, error),
+        on_device_lost=partial(_lose_device, metrics, health, loader),
     )
     watch_queue(scheduler, metrics)
-    loader = None if runtime is not None else _make_loader(settings, devices, metrics)
+    metrics.devices.set_function(lambda: float(scheduler.devices))
     repository = Repository(loader, scheduler, metrics, lambda loaded: make_run(loaded, metrics), max_batch_size=settings.max_batch_size)
     pipeline = Pipeline(
         scheduler,
@@ -120,9 +122,13 @@ def _make_parts(settings: Settings, runtime: Runtime | None) -> Parts:
     return Parts(settings, metrics, scheduler, repository, pipeline, health, _keys(settings.api_keys_file), _keys(settings.admin_keys_file))
 
 
-def _leave_lost_device(metrics: Metrics, health: Health, error: BaseException) -> None:
+def _lose_device(metrics: Metrics, health: Health, loader: Loader | None, index: int, error: BaseException, left: int) -> None:
+    """The other devices go on and new versions are loaded on them alone; without one left the process ends."""
     metrics.device_errors["lost"].inc()
-    health.fail(f"the device is lost: {error}", EXIT_DEVICE_LOST)
+    if loader is not None:
+        loader.lose(index)
+    if left == 0:
+        health.fail(f"the device is lost: {error}", EXIT_DEVICE_LOST)
 
 
 def _keys(path: Path | None) -> KeyRing | None:

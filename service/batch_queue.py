@@ -8,102 +8,14 @@ Every time is in seconds of one monotonic clock that the caller reads and passes
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any, Literal
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 from service.batch_costs import BatchCosts
 from service.errors import NotReady, QueueFull, WouldMissDeadline
+from service.lanes import Batch, Entry, Group, Lane, LaneKey, Phase, Priority, Snapshot
 
-LaneKey = Hashable
-Phase = Literal["queued", "running", "done"]
-
-
-class Priority(IntEnum):
-    """HIGH goes first; LOW is overtaken by what arrives within the handicap after it, and by nothing later."""
-
-    HIGH = 0
-    LOW = 1
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One image from admission to its answer. `owner` belongs to the caller and is never looked at here."""
-
-    lane: Lane
-    item: Any
-    nbytes: int
-    deadline: float | None
-    priority: Priority
-    arrived: float
-    rank: float
-    """Order inside the group: the arrival, later by the handicap for LOW."""
-    phase: Phase = "queued"
-    owner: Any = None
-
-    def is_late(self, now: float) -> bool:
-        return self.deadline is not None and now > self.deadline
-
-
-@dataclass(slots=True, eq=False)
-class Group:
-    """Lanes that share one claim on the devices and on the queue."""
-
-    key: Hashable
-    lanes: list[Lane] = field(default_factory=list)
-    images: int = 0
-    nbytes: int = 0
-    used_s: float = 0.0
-    """Virtual time (start-time fair queueing): device seconds, lifted on wake-up so that idleness earns no credit."""
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """Images that may share a batch, in order of arrival per priority."""
-
-    key: LaneKey
-    group: Group
-    costs: BatchCosts
-    run: Any
-    waiting: tuple[OrderedDict[Entry, None], OrderedDict[Entry, None]] = field(default_factory=lambda: (OrderedDict(), OrderedDict()))
-    running: int = 0
-    closed: bool = False
-
-    @property
-    def depth(self) -> int:
-        return len(self.waiting[0]) + len(self.waiting[1])
-
-    def head(self) -> Entry | None:
-        """The entry with the lowest rank."""
-        heads = [next(iter(entries)) for entries in self.waiting if entries]
-        return min(heads, key=lambda entry: entry.rank, default=None)
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """What a device takes at once. `late` passed their deadline while waiting; they are to be told, not run."""
-
-    lane: Lane
-    device: int
-    entries: list[Entry]
-    late: list[Entry]
-    started: float
-    expected_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The queue at one moment. Ages are seconds, 0 where there is nothing."""
-
-    waiting_images: int
-    waiting_bytes: int
-    oldest_age_s: float
-    running_images: int
-    longest_run_s: float
-    """How long the oldest running batch has been on its device: a watchdog's number."""
-    depths: Mapping[LaneKey, int]
+__all__ = ["Batch", "BatchQueue", "Entry", "Group", "Lane", "LaneKey", "Phase", "Priority", "Snapshot"]
 
 
 class BatchQueue:
@@ -113,7 +25,8 @@ class BatchQueue:
         for name, value in (("devices", devices), ("max_images", max_images), ("max_bytes", max_bytes)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; at least 1 is needed")
-        self._devices = devices
+        self.devices = devices
+        """How many are left."""
         self._max_images = max_images
         self._max_bytes = max_bytes
         self._handicap_s = low_priority_handicap_s
@@ -201,7 +114,7 @@ class BatchQueue:
 
     def _check_deadline(self, lane: Lane, priority: Priority, allowed_s: float, now: float) -> None:
         # A free device takes the image at once, so the estimate may be wrong and is not asked: this one run corrects it.
-        if self._images == 0 and len(self._running) < self._devices:
+        if self._images == 0 and len(self._running) < self.devices:
             return
         finish_s = self.estimate_s(lane.key, priority, now)
         if finish_s > allowed_s:
@@ -226,7 +139,7 @@ class BatchQueue:
         claim = own_before + own_run
         others = sum(min(claim, _group_seconds(group)) for group in self._groups.values() if group is not lane.group)
         running = sum(max(0.0, batch.started + batch.expected_s - now) for batch in self._running.values())
-        return (running + own_before + others) / self._devices + own_run
+        return (running + own_before + others) / max(1, self.devices) + own_run
 
     def _ahead(self, lane: Lane, priority: Priority, now: float) -> int:
         """How many of a lane's images go before one that arrives now; LOW ones in front of HIGH once the oldest has served its handicap."""
@@ -237,7 +150,7 @@ class BatchQueue:
 
     def backlog_s(self) -> float:
         """Seconds in which the devices drain all that waits, by measured costs."""
-        return sum(_group_seconds(group) for group in self._groups.values()) / self._devices
+        return sum(_group_seconds(group) for group in self._groups.values()) / max(1, self.devices)
 
     # Service
 
@@ -270,6 +183,18 @@ class BatchQueue:
         batch.lane.group.used_s += (now - batch.started) - batch.expected_s
         for entry in batch.entries:
             entry.phase = "done"
+
+    def lose(self, device: int) -> list[Entry]:
+        """A device is gone for good: withdraw and return what it ran. The others take what waits."""
+        self.devices -= 1
+        batch = self._running.pop(device, None)
+        if batch is None:
+            return []
+        batch.lane.running -= 1
+        entries = [entry for entry in batch.entries if entry.phase == "running"]
+        for entry in entries:
+            self.withdraw(entry)
+        return entries
 
     def withdraw(self, entry: Entry) -> Phase:
         """Nobody wants this answer any more: a queued entry goes, a running one's result will be dropped. Returns the phase it was in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,11 +30,12 @@ class NoModel(RuntimeError):
 
 @dataclass(eq=False, slots=True)
 class LoadedVersion:
-    """A version that is ready to run: one runtime a device, with what a batch costs."""
+    """A version that is ready to run: a runtime for each device that is left, with what a batch costs."""
 
     name: str
     version: str
-    runtimes: Sequence[Runtime]
+    runtimes: Mapping[int, Runtime]
+    """By the scheduler's device index."""
     costs: CostTable
     sha256: str
     load_seconds: float
@@ -43,11 +44,11 @@ class LoadedVersion:
 
     @property
     def manifest(self) -> Manifest:
-        return self.runtimes[0].manifest
+        return next(iter(self.runtimes.values())).manifest
 
     @property
     def provider(self) -> str:
-        return self.runtimes[0].provider
+        return next(iter(self.runtimes.values())).provider
 
     def bucket_costs(self, bucket: Bucket) -> dict[int, float]:
         """Batch size -> seconds for one bucket."""
@@ -55,7 +56,7 @@ class LoadedVersion:
 
     def close(self) -> None:
         """Give the memory of every device back."""
-        for runtime in self.runtimes:
+        for runtime in self.runtimes.values():
             runtime.close()
 
 
@@ -119,6 +120,11 @@ class Loader:
         self._open_runtime = open_runtime
         self._devices = devices
         self._max_batch_size = max_batch_size
+        self._lost: set[int] = set()
+
+    def lose(self, index: int) -> None:
+        """A device is gone for good: versions that are loaded from now on do without it. May be called while one is loaded."""
+        self._lost.add(index)
 
     def load(self, name: str, version: str) -> LoadedVersion:
         """Open, warm and check one version.
@@ -132,20 +138,26 @@ class Loader:
             sha256 = file_sha256(path)
         except OSError as error:
             raise RuntimeLoadError(f"{path}: cannot be read: {error.strerror}") from error
-        runtimes: list[Runtime] = []
+        runtimes: dict[int, Runtime] = {}
+        costs: CostTable = {}
         try:
-            for device in self._devices:
-                runtimes.append(self._open_runtime(path, device))
-                costs = warm_up(runtimes[-1], self._max_batch_size)
-                check_golden(runtimes[-1])
-                if isinstance(runtimes[-1], OnnxRuntime):
-                    runtimes[-1].trim()
+            for index, device in enumerate(self._devices):
+                if index in self._lost:
+                    continue
+                runtime = runtimes[index] = self._open_runtime(path, device)
+                costs = warm_up(runtime, self._max_batch_size)
+                check_golden(runtime)
+                if isinstance(runtime, OnnxRuntime):
+                    runtime.trim()
         except Exception:
-            for runtime in runtimes:
+            for runtime in runtimes.values():
                 runtime.close()
             raise
-        _warn_of_other_identity(runtimes[0].manifest, name, version)
-        return LoadedVersion(name, version, runtimes, costs, sha256, time.perf_counter() - started)
+        if not runtimes:
+            raise RuntimeLoadError(f"{path}: every device of this process is lost; restart it")
+        loaded = LoadedVersion(name, version, runtimes, costs, sha256, time.perf_counter() - started)
+        _warn_of_other_identity(loaded.manifest, name, version)
+        return loaded
 
     def load_newest(self, name: str) -> LoadedVersion:
         """The newest version that is valid; each one that is not is logged with its reason.
@@ -200,4 +212,4 @@ def from_runtime(runtime: Runtime, max_batch_size: int) -> LoadedVersion:
     started = time.perf_counter()
     costs = warm_up(runtime, max_batch_size)
     check_golden(runtime)
-    return LoadedVersion(runtime.manifest.name, runtime.manifest.version, [runtime], costs, "", time.perf_counter() - started)
+    return LoadedVersion(runtime.manifest.name, runtime.manifest.version, {0: runtime}, costs, "", time.perf_counter() - started)

@@ -31,6 +31,10 @@ __all__ = ["Answer", "DeviceLost", "DeviceOutOfMemory", "LaneKey", "Observer", "
 log = logging.getLogger(__name__)
 
 
+OnDeviceLost = Callable[[int, BaseException, int], None]
+"""(device index, what it died of, how many devices are left)."""
+
+
 class Scheduler:
     """One queue, one thread a device. `start`, `submit` and the coroutines belong to one event loop's thread."""
 
@@ -42,7 +46,7 @@ class Scheduler:
         max_queue_bytes: int,
         low_priority_handicap_s: float = 1.0,
         observer: Observer | None = None,
-        on_device_lost: Callable[[BaseException], None] | None = None,
+        on_device_lost: OnDeviceLost | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing runs before `start`.
@@ -53,7 +57,7 @@ class Scheduler:
             max_queue_bytes: memory that waiting images may hold, by the `nbytes` of submit.
             low_priority_handicap_s: HIGH images that arrive up to this much later than a LOW one still go before it.
             observer: gets the events that metrics count.
-            on_device_lost: called once on the event loop when a device is gone for good; nothing is served after that.
+            on_device_lost: called on the event loop when a device is gone for good. The others go on; after the last one nothing is served.
             clock: monotonic seconds; deadlines are on the same clock.
         """
         self._queue = BatchQueue(
@@ -179,6 +183,12 @@ class Scheduler:
         with self._lock:
             return self._queue.estimate_s(key, priority, self._clock())
 
+    @property
+    def devices(self) -> int:
+        """How many devices are left."""
+        with self._lock:
+            return self._queue.devices
+
     def snapshot(self) -> Snapshot:
         """Depth, ages and running batches of this moment."""
         with self._lock:
@@ -254,8 +264,7 @@ class Scheduler:
                 if batch.entries:
                     self._runner.run(batch)
         except BaseException as error:  # a lost device, or a fault of ours: either way nobody may wait for this thread
-            log.critical("device %d is lost, nothing more is served", device, exc_info=error)
-            self._give_up(error)
+            self._lose(device, error)
 
     def _next_batch(self, device: int) -> Batch | None:
         with self._work:
@@ -278,16 +287,21 @@ class Scheduler:
         except RuntimeError:
             log.warning("%d answers came after the event loop had closed", len(outcomes))
 
-    def _give_up(self, error: BaseException) -> None:
+    def _lose(self, device: int, error: BaseException) -> None:
+        """This thread ends. The images that it held are refused, not given to another device: one of them may be what it died of."""
         with self._lock:
-            first = self._refusal is not _device_lost
-            self._refusal = _device_lost
-            self._stopped = True
-            entries = self._queue.clear(running=True)
-            self._work.notify_all()
-        self._post([(entry, _device_lost()) for entry in entries])
-        if first and self._on_device_lost is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._on_device_lost, error)
+            entries = self._queue.lose(device)
+            left = self._queue.devices
+            refusal = _batch_lost if left else _device_lost
+            if not left:
+                self._refusal = _device_lost
+                self._stopped = True
+                entries += self._queue.clear(running=True)
+                self._work.notify_all()
+        log.critical("device %d is lost, %s", device, f"{left} go on" if left else "nothing more is served", exc_info=error)
+        self._post([(entry, refusal()) for entry in entries])
+        if self._on_device_lost is not None and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._on_device_lost, device, error, left)
 
 
 def _not_started() -> NotReady:
@@ -296,6 +310,10 @@ def _not_started() -> NotReady:
 
 def _draining() -> Draining:
     return Draining("this replica is shutting down and takes no new images; ask another one or try again", retry_after_s=1.0)
+
+
+def _batch_lost() -> NotReady:
+    return NotReady("the device that held this image is lost; other devices go on, send it again", retry_after_s=1.0)
 
 
 def _device_lost() -> NotReady:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import WAIT_S, FakeRuntime, fake_service, make_manifest, picture, run, sample, until
+from service_fakes import WAIT_S, FakeRuntime, fake_service, make_manifest, make_settings, picture, run, running, sample, until
 from service_onnx import write_model
 from test_service_server import ROOT, environment, free_port, service
 
+from service.app import create_app
 from service.device_errors import DeviceLost, DeviceOutOfMemory
 from service.manifest import InputSpec
 from service.server import make_protocol
@@ -201,3 +202,34 @@ def test_a_client_that_never_reads_is_cut_after_a_while(monkeypatch):
     ((delay, call),) = later
     call()
     assert (delay, cut) == (0.1, ["closed", "aborted"])
+
+
+def test_one_of_two_lost_devices_is_left_behind_and_the_second_ends_the_service(tmp_path):
+    write_model(tmp_path)
+
+    def lose(images, image_sizes_hw):
+        raise DeviceLost("CUDA failure 700")
+
+    async def scenario():
+        app = create_app(make_settings(model_repository=tmp_path, device_ids=("0", "1"), canary_seconds=0))
+        async with running(app) as client:
+            parts = app.state.parts
+            repository, health = parts.repository, parts.health
+            assert sample(app, "detector_devices") == 2
+            repository.resolve(None).loaded.runtimes[0].run = lose
+            statuses = []
+            while sample(app, "detector_devices") == 2:  # until the device with the fault has taken a batch
+                statuses.append((await ask(client)).status_code)
+            assert (statuses[-1], set(statuses[:-1]) <= {200}) == (503, True)
+            assert [(await ask(client)).status_code for _ in range(10)] == [200] * 10
+            assert (await client.get("/readyz")).status_code == 200
+            assert sample(app, "detector_device_errors_total", kind="lost") == 1
+            reloaded = await repository.load("blobs")
+            assert list(reloaded.loaded.runtimes) == [1]  # no session is opened on the lost one
+            assert [(await ask(client)).status_code for _ in range(3)] == [200] * 3
+            reloaded.loaded.runtimes[1].run = lose
+            assert (await ask(client)).status_code == 503
+            await asyncio.wait_for(health.ended.wait(), WAIT_S)
+            assert (health.exit_code, sample(app, "detector_devices")) == (4, 0)
+
+    run(scenario())

@@ -365,7 +365,7 @@ def test_one_session_a_device(tmp_path):
             runtimes = app.state.parts.repository.resolve(None).loaded.runtimes
             assert len(runtimes) == 2
             used = set()
-            for index, runtime in enumerate(runtimes):
+            for index, runtime in runtimes.items():
                 real = runtime.run
                 barrier_run = lambda images, sizes, real=real, index=index: (used.add(index), barrier.wait(WAIT_S), real(images, sizes))[2]  # noqa: E731
                 runtime.run = barrier_run

@@ -356,7 +356,7 @@ def test_out_of_memory_halves_the_batch_for_the_time_being() -> None:
 
 
 def test_a_lost_device_answers_everyone_and_tells_the_app() -> None:
-    told: asyncio.Queue[BaseException] = asyncio.Queue()
+    told: asyncio.Queue[tuple[int, str, int]] = asyncio.Queue()
 
     async def test(scheduler: Scheduler, recorder: Recorder) -> None:
         gate = HeldDevice()
@@ -371,13 +371,48 @@ def test_a_lost_device_answers_everyone_and_tells_the_app() -> None:
         futures += [scheduler.submit("a", item) for item in range(5)]
         gate.let()
         assert await outcomes(futures) == [NotReady] * 6
-        assert str(await told.get()) == "the card fell off the bus"
+        assert await told.get() == (0, "the card fell off the bus", 0)
         assert told.empty()
         with pytest.raises(NotReady, match="device of this replica is lost"):
             scheduler.submit("a", 1)
         await scheduler.drain()
 
-    scheduled(test, on_device_lost=told.put_nowait)
+    scheduled(test, on_device_lost=lambda *lost: told.put_nowait((lost[0], str(lost[1]), lost[2])))
+
+
+def test_the_other_devices_go_on_without_a_lost_one() -> None:
+    told: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        gates = [HeldDevice(), HeldDevice()]
+
+        def run(device: int, items: Sequence[int]) -> list[int]:
+            answers = gates[device].run(device, items)
+            if device == victim:
+                raise DeviceLost("the card fell off the bus")
+            return answers
+
+        victim = -1
+        scheduler.add_lane("a", run, costs=COSTS, max_batch_size=2)
+        assert scheduler.devices == 2
+        begun = [asyncio.ensure_future(gate.begun.get()) for gate in gates]
+        first = scheduler.submit("a", 1)
+        await asyncio.wait(begun, return_when=asyncio.FIRST_COMPLETED)
+        second = scheduler.submit("a", 2)  # for the other device: the first is held
+        await asyncio.wait(begun)
+        waiting = [scheduler.submit("a", item) for item in range(3, 8)]
+        victim = 0
+        gates[0].let()
+        assert (await told.get()) == (0, 1)
+        gates[1].let(8)
+        assert await outcomes([first, second]) in ([NotReady, 4], [2, NotReady])  # whichever the lost device held
+        assert await outcomes(waiting) == [2 * item for item in range(3, 8)]
+        assert scheduler.devices == 1
+        assert (await scheduler.submit("a", 9)).result == 18
+        await scheduler.remove_lanes(["a"])  # the lost device holds nothing any more
+        assert scheduler.snapshot().depths == {}
+
+    scheduled(test, devices=2, on_device_lost=lambda device, error, left: told.put_nowait((device, left)))
 
 
 def test_an_observer_that_fails_stops_nothing() -> None:
