@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -36,11 +36,16 @@ from service.status import status_router
 from service.tracing import TracingMiddleware, make_tracer
 from service.vitals import ServiceObserver, make_canary, measure_loop_lag, watch_devices, watch_queue
 
+if TYPE_CHECKING:
+    from fastapi.telemetry import TelemetryConfig
+
 DESCRIPTION = (
     "Post a picture, get boxes, classes and scores. "
     "Errors are problem+json (RFC 9457) with a stable `code` and a `detail` that says what to do."
 )
 
+NO_TRACES: TelemetryConfig = {"tracing": False}
+"""Of the framework's own: it does not see the routes that are taken directly, and would double `service.tracing`'s."""
 CLOSE_GRACE_S = 10.0
 """For batches that run when the process stops."""
 
@@ -65,6 +70,7 @@ def create_app(settings: Settings | None = None, *, runtime: Runtime | None = No
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
+        telemetry=NO_TRACES,
         lifespan=_lifespan(parts, runtime),
     )
     app.state.parts = parts
@@ -83,7 +89,7 @@ def create_app(settings: Settings | None = None, *, runtime: Runtime | None = No
 
 def create_operations_app(parts: Parts) -> FastAPI:
     """The application for `operations_port`: health, metrics, dashboard and admin routes. It shares the parts and starts nothing."""
-    app = FastAPI(title="faster-rcnn-service operations", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="faster-rcnn-service operations", version=__version__, docs_url=None, redoc_url=None, telemetry=NO_TRACES)
     app.state.parts = parts
     app.add_middleware(HeadMiddleware)
     install_handlers(app)
