@@ -1,8 +1,8 @@
 """What a replica takes before it does any work: `python -m benchmarks.footprint --json FILE`.
 
-Cold start: from the process's birth to the first 200 of /readyz. Memory: resident, after the start and idle. /metrics: its time, and what
-one scrape a second takes from a saturated service. CPU times stand beside the times on the wall, for machines that do other work too.
-The service is the real one with the model repository that it is given.
+Cold start: from the process's birth to the first 200 of /readyz. Memory: resident, idle after the start, and after some load. /metrics:
+its time on an idle service (what scrapes take from a busy one: benchmarks.metrics_cost). CPU times stand beside the times on the wall,
+for machines that do other work too. The service is the real one with the model repository that it is given. About a minute.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +23,6 @@ import httpx
 from benchmarks.live import ROOT, Service
 from benchmarks.load_pictures import draw_pictures
 from benchmarks.load_run import Load, run_load
-from benchmarks.load_stats import summarise
 
 IDLE_S = 3.0
 SCRAPES = 200
@@ -71,42 +67,7 @@ def scrape_ms(url: str) -> list[float]:
     return times
 
 
-@contextmanager
-def scraped_each_second(url: str) -> Iterator[None]:
-    """Prometheus's habit, in a thread."""
-    over = threading.Event()
-
-    def scrape() -> None:
-        with httpx.Client(base_url=url) as client:
-            while not over.wait(1.0):
-                client.get("/metrics").raise_for_status()
-
-    thread = threading.Thread(target=scrape)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def throughputs(url: str, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Answers a second under a closed loop without and with scrapes, in turns, so that what else the machine does falls on both."""
-    pictures = draw_pictures()
-    load = Load(clients=(CLIENTS, CLIENTS), seconds=seconds, warm_up_s=1.0)
-
-    def answered() -> float:
-        return summarise(asyncio.run(run_load(f"{url}/v1/detect", pictures, load)), load).answered_per_s
-
-    found: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(rounds):
-        found["without"].append(answered())
-        with scraped_each_second(url):
-            found["with"].append(answered())
-    return found
-
-
-def measure(repository: Path, *, times: int, seconds: float, rounds: int) -> dict[str, Any]:
+def measure(repository: Path, *, times: int, seconds: float) -> dict[str, Any]:
     """Everything, as plain data."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
@@ -116,7 +77,8 @@ def measure(repository: Path, *, times: int, seconds: float, rounds: int) -> dic
             before_s = cpu_seconds(service.process.pid)
             idle_ms = scrape_ms(service.url)
             scrape_cpu_ms = (cpu_seconds(service.process.pid) - before_s) / len(idle_ms) * 1e3
-            rates = throughputs(service.url, seconds, rounds)
+            load = Load(clients=(CLIENTS, CLIENTS), seconds=seconds, warm_up_s=1.0)
+            asyncio.run(run_load(f"{service.url}/v1/detect", draw_pictures(), load))
             busy_rss = resident_bytes(service.process.pid) / 1e6
     scraped_ms = sorted(idle_ms)
     return {
@@ -129,8 +91,6 @@ def measure(repository: Path, *, times: int, seconds: float, rounds: int) -> dic
         "idle_rss_mb": median(start["idle_rss_mb"] for start in starts),
         "rss_after_load_mb": busy_rss,
         "metrics_ms": {"cpu": scrape_cpu_ms, "p50": median(scraped_ms), "p99": scraped_ms[int(0.99 * len(scraped_ms))]},
-        "answered_per_s": rates,
-        "lost_to_scrapes": 1 - median(rates["with"]) / median(rates["without"]),
     }
 
 
@@ -139,11 +99,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="models to serve (default: the bundled demo)")
     parser.add_argument("--starts", type=int, default=5, help="cold starts (default 5)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of load in each round (default 10)")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of load without and with scrapes (default 4)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of load before the last look at the memory (default 10)")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
-    text = json.dumps(measure(options.repository, times=options.starts, seconds=options.seconds, rounds=options.rounds), indent=1)
+    text = json.dumps(measure(options.repository, times=options.starts, seconds=options.seconds), indent=1)
     if options.json:
         options.json.write_text(text + "\n")
     print(text)

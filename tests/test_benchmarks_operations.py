@@ -1,0 +1,50 @@
+"""The arithmetic behind the operations' figures: what a scrape costs, what reloads did to requests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from service_onnx import write_model
+
+from benchmarks.metrics_cost import Block, evaluate, interval
+from benchmarks.reloads import Tally, measure, summary
+
+
+def test_a_paired_difference_has_its_confidence_interval() -> None:
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["mean"] == 3.0
+    assert found["high"] - 3.0 == pytest.approx(3.0 - found["low"])
+    assert found["high"] == pytest.approx(3.0 + 2.78 * 1.5811 / 5**0.5, abs=1e-3)
+
+
+def test_a_scrape_costs_what_it_adds_to_the_requests_beside_it() -> None:
+    """20 scrapes of 2 ms beside 100 requests a second add 40 ms a second: 0.4 ms a request."""
+    pairs = [(Block(100.0, 7.0, 0), Block(100.0, 7.4, 90)) for _ in range(5)]
+    found = evaluate(pairs, seconds=4.0)
+    assert found["scrapes_a_second_in_a_block"] == 20.0
+    assert found["one_scrape_cpu_ms"]["mean"] == pytest.approx(2.0)
+    assert found["throughput_lost_to_one_scrape_a_second"]["mean"] == 0.0
+
+
+def test_lost_throughput_is_that_of_one_scrape_a_second() -> None:
+    pairs = [(Block(100.0, 7.0, 0), Block(96.0, 7.0, 90)) for _ in range(5)]
+    assert evaluate(pairs, seconds=4.0)["throughput_lost_to_one_scrape_a_second"]["mean"] == pytest.approx(0.002)
+
+
+def test_everything_but_an_answer_of_a_version_is_a_failed_request() -> None:
+    answers = Counter({"version 1": 5, "version 2": 4, "503": 2, "ReadError": 1})
+    tally = Tally(answers, latencies_s=[0.01, 0.02, 0.03], reloads=Counter({200: 2}), reload_s=[0.5, 0.7], resident_mb=[100.0, 140.0])
+    found = summary(tally)
+    assert (found["requests"], found["failed_requests"]) == (12, 3)
+    assert found["latency_ms"]["p50"] == 20.0
+    assert found["resident_mb"] == {"after_the_first": 100, "largest": 140, "after_the_last": 140}
+
+
+def test_reloads_of_a_small_model_fail_no_request(tmp_path: Path) -> None:
+    write_model(tmp_path, version="4")
+    found = measure(tmp_path, reloads=4, clients=2)
+    assert found["reloads"] == {200: 4}
+    assert found["failed_requests"] == 0
+    assert found["requests"] > 0
