@@ -199,7 +199,8 @@ class Alternation:
         """Proposals of step 1 or 3 for the training pictures, kept beside the checkpoint."""
         path = self.folder / f"proposals{step}.npz"
         if not path.is_file():
-            found = rpn_proposals(self._restored(step), self.dataset, TRAINING_PROPOSALS)
+            with shown_progress(self.say, f"proposals of step {step}", len(self.dataset), "pictures") as progress:
+                found = rpn_proposals(self._restored(step), self.dataset, TRAINING_PROPOSALS, progress=progress)
             part = path.with_name(f".{path.name}.part")
             with part.open("wb") as file:
                 np.savez_compressed(file, **{str(i): boxes for i, boxes in enumerate(found)})  # type: ignore[arg-type]

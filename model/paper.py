@@ -8,14 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table as Shown
 
 from model.alternate import PAPER_STEPS, detector_config
 from model.checkpoint import CheckpointError
@@ -23,34 +21,52 @@ from model.data.formats import READERS, open_dataset
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet
 from model.paper_lab import Lab, Sets, Setup
-from model.paper_speed import STAGES, SpeedOptions, SpeedRow, ratios, speed_table
-from model.paper_tables import TABLES, Row, Table
+from model.paper_report import Measured, Page, plot_recall, row_values, speed_page, speed_values, table_page
+from model.paper_resume import StageInterrupted
+from model.paper_speed import SpeedOptions, ratios, speed_table
+from model.paper_tables import TABLES, Row, recall_sources
 from model.paper_training import Recipe
 from model.processes import start_processes
 from model.proposals import SearchConfig
-from model.run_folder import environment
+from model.run_folder import command_line, environment
 from model.train import INTERRUPTED
 from model.trainer import TrainingError
 from model.weights import WeightsError
 
-NETWORKS = ("zf", "vgg16")
-RUN_TO_RUN = 0.8
-"""Two standard deviations of five runs of the original release (59.9 60.4 59.5 60.1 59.5): a single run within it agrees."""
+NETWORKS = ("zf", "vgg16", "mobilenet_v2_c4")
+QUICK_SETTINGS = (
+    "detector.input.short_side=192",
+    "detector.input.long_side=256",
+    "detector.input.buckets=[[192,256],[256,192]]",
+    "detector.anchors.sizes=[[20,40,80]]",
+    "detector.rpn.min_size=4",
+    "detector.rpn.hidden=64",
+    "detector.roi.hidden=256",
+    "detector.roi.dropout=0",
+)
+QUICK: dict[str, Any] = {
+    "preset": "mobilenet_v2_c4",
+    "other_preset": "zf",
+    "steps": "40,40,20,20",
+    "lr": 0.02,
+    "batch_size": 2,
+    "limit": 16,
+    "proposals": 500,
+    "search_side": 300,
+    "crops": 8,
+    "fit_pictures": 2,
+}
+"""Defaults of --quick: a small network and few pictures, a minute or two a table on one core."""
 
 EXAMPLES = """examples:
   python -m model.paper table2 VOC2007 --weights zf=zf.pth --weights vgg16=vgg16.pth --work runs/table2 --json table2.json
   python -m model.paper table3 VOC2007 --second VOC2012 --second-split trainval --weights vgg16=vgg16.pth --seeds 5
   python -m model.paper table5 VOC2007 --weights vgg16=vgg16.pth --limit 20 --crops 128
+  python -m model.paper table2 VOC_FOLDER --quick --train-split train --test-split val --weights mobilenet_v2_c4=mobilenet_v2.pth
+  python -m model.paper proposals VOC_FOLDER --quick --train-split train --test-split val --plot recall.png
   python -m model.paper table9 VOC_FOLDER --preset zf --train-split train --test-split val --steps 200,100,200,100 --limit 40 \\
       --set detector.input.short_side=320 --set detector.input.long_side=480
 """
-
-
-class Measured(NamedTuple):
-    """A row with its numbers, one a seed; none where the data it needs was not given."""
-
-    row: Row
-    values: list[float]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("table", choices=[*sorted(TABLES), "table5"], help="which table; table5 is the timings")
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, VOC layout or any other that is read here")
+    parser.add_argument("--quick", action="store_true", help=f"other defaults, for a first look on a CPU: {_quick_words()}")
     parser.add_argument("--format", choices=sorted(READERS), help="its format; guessed from the folder if left out")
     parser.add_argument("--train-split", default="trainval", help="(default: trainval)")
     parser.add_argument("--test-split", default="test", help="(default: test)")
@@ -77,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as in model.train, for all networks"
     )
     parser.add_argument("--proposals", type=int, default=2000, help="Selective Search boxes a picture (default: 2000)")
+    parser.add_argument("--search-side", type=int, default=500, help="larger pictures are searched at this long side (default: 500)")
     parser.add_argument("--cache", type=Path, default=Path("cache/selective_search"), help="where they are kept")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep trained steps there, and go on with them")
     parser.add_argument("--crops", type=int, help="table5: R-CNN runs so many regions a picture, its time is scaled to all (default: all)")
@@ -84,13 +102,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--accuracy", action="store_true", help="table5: train too, and score the pictures that are timed")
     parser.add_argument("--skip-bad", action="store_true", help="leave faulty records out instead of stopping at them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="proposals: recall over IoU as a picture")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     return parser
 
 
+def _quick_words() -> str:
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with those of --quick where nothing else was said."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not options.quick:
+        return options
+    quick = {name: value for name, value in QUICK.items() if options.table != "table5" or not name.endswith("preset")}
+    parser.set_defaults(**quick)  # table 5 times the paper's own networks
+    options = parser.parse_args(arguments)
+    options.settings = [*QUICK_SETTINGS, *options.settings]
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    options = read_options(arguments)
     try:
         result = _run(options)
         if options.json is not None:
@@ -98,6 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, ImageError, TrainingError, CheckpointError, WeightsError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except StageInterrupted as interruption:
+        kept = "the same command goes on" if options.work is not None else "without --work it is lost with the other steps"
+        print(f"{interruption}; {kept}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted; with --work, the same command goes on after the last finished step", file=sys.stderr)
         return INTERRUPTED
@@ -110,22 +151,42 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: expected at least 1")
     sets, setup = _open_sets(options), _setup(options)
+    started = time.monotonic()
+    labs = [Lab(sets, setup, seed) for seed in range(options.seeds)]
+    page, values = _measure_speed(labs[0], options) if options.table == "table5" else _measure_table(labs, options)
+    page = page._replace(notes=[*page.notes, f"{_what_ran(setup, options)}, {(time.monotonic() - started) / 60:.1f} minutes"])
+    page.print()
+    if options.markdown is not None:
+        options.markdown.write_text(page.markdown(command_line()))
     facts = {
         "table": options.table,
         "data": {"train": sets.train.name, "test": sets.test.name, "pictures": [len(sets.train), len(sets.test)]},
         "steps": setup.steps,
         "network": setup.preset,
+        "settings": list(setup.settings),
         "environment": environment(),
     }
-    labs = [Lab(sets, setup, seed) for seed in range(options.seeds)]
-    if options.table == "table5":
-        rows = speed_table(labs[0], _speed_options(options, sets))
-        _show_speed(rows, setup.device, options.crops)
-        return {**facts, "rows": [_speed_row(row) for row in rows], "times_faster_than_rcnn": ratios(rows)}
-    table = TABLES[options.table]
-    measured = measure(table.rows(labs[0].config()), labs, setup)
-    _show(table, measured, sets)
-    return {**facts, "unit": table.unit, "rows": [_row(item) for item in measured]}
+    return {**facts, **values}
+
+
+def _what_ran(setup: Setup, options: argparse.Namespace) -> str:
+    started = "ImageNet weights" if setup.preset in setup.weights else "random weights"
+    trained = "untrained" if options.table == "table5" and not options.accuracy else f"steps {','.join(map(str, setup.steps))}"
+    return f"{setup.preset} from {started}, {trained}, batch {setup.recipe.batch_size}, {setup.device}"
+
+
+def _measure_table(labs: Sequence[Lab], options: argparse.Namespace) -> tuple[Page, dict[str, Any]]:
+    table, lab = TABLES[options.table], labs[0]
+    measured = measure(table.rows(lab.config()), labs, lab.setup)
+    if options.plot is not None:
+        plot_recall(options.plot, lab.sets.test, recall_sources(lab))
+    return table_page(table, measured, lab.sets), {"unit": table.unit, "rows": [row_values(item) for item in measured]}
+
+
+def _measure_speed(lab: Lab, options: argparse.Namespace) -> tuple[Page, dict[str, Any]]:
+    rows = speed_table(lab, _speed_options(options, lab.sets))
+    values = {"rows": [speed_values(row) for row in rows], "times_faster_than_rcnn": ratios(rows), "crops": options.crops}
+    return speed_page(rows, lab.setup.device, options.crops, len(lab.sets.test)), values
 
 
 def measure(rows: Sequence[Row], labs: Sequence[Lab], setup: Setup) -> list[Measured]:
@@ -167,6 +228,8 @@ def _setup(options: argparse.Namespace) -> Setup:
     paper = "vgg16" if options.table == "table5" else TABLES[options.table].preset
     preset = options.preset or paper
     other = options.other_preset or next(name for name in NETWORKS if name != preset)
+    if options.plot is not None and options.table != "proposals":
+        raise ValueError("--plot draws the recall of proposals; give it with the table proposals")
     detector_config(preset, ("any",), options.settings)  # a wrong --set is told before hours are spent
     return Setup(
         preset=preset,
@@ -176,7 +239,7 @@ def _setup(options: argparse.Namespace) -> Setup:
         variant=options.variant,
         steps=(first, second, third, fourth),
         recipe=Recipe(1, lr=options.lr, batch_size=options.batch_size),
-        search=SearchConfig(limit=options.proposals),
+        search=SearchConfig(limit=options.proposals, max_side=options.search_side),
         cache=options.cache,
         work=options.work,
         device=str(start_processes(options.device).device),
@@ -202,73 +265,8 @@ def _speed_options(options: argparse.Namespace, sets: Sets) -> SpeedOptions:
     return SpeedOptions(len(sets.test), options.fit_pictures, options.crops, large, small, options.accuracy)
 
 
-# -- results -------------------------------------------------------------------------------------------------------------------
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _row(item: Measured) -> dict[str, Any]:
-    mean, spread = _mean_and_spread(item.values)
-    return {"label": item.row.label, "published": item.row.published, "ours": item.values, "mean": mean, "sd": spread}
-
-
-def _mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    if not values:
-        return None, None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def _show(table: Table, measured: Sequence[Measured], sets: Sets) -> None:
-    scores = table.unit.startswith("mAP")
-    shown = Shown(title=f"{table.title} ({table.unit})")
-    for name in ("row", "published", "ours", "difference"):
-        shown.add_column(name, justify="left" if name == "row" else "right")
-    for row, values in measured:
-        mean, spread = _mean_and_spread(values)
-        band = f" ± {RUN_TO_RUN}" if scores else ""
-        published = "-" if row.published is None else f"{row.published:.1f}{band}"
-        ours = (
-            "needs --second-split" if mean is None else f"{mean:.1f}" + (f" ± {spread:.1f} ({len(values)})" if spread is not None else "")
-        )
-        difference = "-" if mean is None or row.published is None else f"{mean - row.published:+.1f}"
-        shown.add_row(row.label, published, ours, difference)
-    console = Console(width=110)
-    console.print(shown)
-    console.print(f"ours: trained on {sets.train.name} ({len(sets.train)}), tested on {sets.test.name} ({len(sets.test)})", highlight=False)
-    if scores:
-        console.print(f"± {RUN_TO_RUN}: two deviations of five runs of the original release; ± after ours: of its seeds", highlight=False)
-
-
-def _show_speed(rows: Sequence[SpeedRow], device: str, crops: int | None) -> None:
-    shown = Shown(title=f"Table 5: milliseconds a picture, published (K40) | ours ({device})")
-    for name in ("system", *STAGES, "mAP %", "times faster"):
-        shown.add_column(name, justify="left" if name == "system" else "right")
-    faster = ratios(rows)
-    for row in rows:
-        cells = [f"{_number(known)} | {row.ours[stage]:.0f}" for stage, known in zip(STAGES, row.published, strict=True)]
-        accuracy = f"{_number(row.published_accuracy, 1)} | {_number(row.accuracy, 1)}"
-        shown.add_row(row.label, *cells, accuracy, f"{faster[row.label]:.1f}x")
-    console = Console(width=130)
-    console.print(shown)
-    console.print("published times faster, per image with proposals: R-CNN 1x, Fast R-CNN 25x, Faster R-CNN 250x", highlight=False)
-    if crops is not None:
-        console.print(f"R-CNN ran {crops} regions of each picture, its time is scaled to all of them", highlight=False)
-
-
-def _number(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _speed_row(row: SpeedRow) -> dict[str, Any]:
-    return {
-        "label": row.label,
-        "published_ms": dict(zip(STAGES, row.published, strict=True)),
-        "ours_ms": row.ours,
-        "published_mAP": row.published_accuracy,
-        "ours_mAP": row.accuracy,
-    }
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.alternate import Alternation, Plan, detector_config, plan_of
+from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from model.config import DetectorConfig
 from model.data.records import DetectionSet
 from model.fast_rcnn import detect_external
@@ -22,7 +24,10 @@ from model.faster_rcnn import FasterRCNN
 from model.inference import predict
 from model.metrics.predictions import Prediction
 from model.metrics.voc import voc_curves
+from model.paper_normal import head_normal, speaking_normal
+from model.paper_progress import Advance, shown_progress
 from model.paper_proposals import ProposalOptions, rpn_proposals
+from model.paper_resume import StageFile
 from model.paper_training import Recipe, fast_objective, train_stage
 from model.proposals import SearchConfig, Searched, search_dataset
 
@@ -85,6 +90,10 @@ class Lab:
             self._made[key] = make()
         result: Made = self._made[key]
         return result
+
+    def progress(self, name: str, total: int, unit: str = "pictures") -> AbstractContextManager[Advance]:
+        """A bar, or lines, with the time left."""
+        return shown_progress(lambda text: self.setup.say(f"  {text}"), f"{name}, seed {self.seed}", total, unit)
 
     # -- networks -------------------------------------------------------------------------------------------------------------
 
@@ -152,21 +161,36 @@ class Lab:
         def train() -> FasterRCNN:
             maker = self.alternation("Fast R-CNN", self.config(chosen), used, Path(), chosen)
             detector = maker.new_detector()
-            proposals = self.searched_boxes(used)
-            self.setup.say(f"  Fast R-CNN {chosen} on {used.name}, seed {self.seed}: {self.setup.steps[1]} steps")
-            recipe = replace(self.setup.recipe, steps=self.setup.steps[1])
-            learning = [detector.backbone, detector.head]
-            train_stage(detector, learning, fast_objective(detector), used, recipe, seed=self.seed, proposals=proposals)
+            made_by = {**maker.made_by, "search": repr(self.setup.search)}
+            path = None if self.setup.work is None else self.setup.work / f"fast_{chosen}_{name}_seed{self.seed}.pt"
+            if path is not None and path.is_file() and (checkpoint := load_checkpoint(path)).training.get("made_by") == made_by:
+                self.setup.say(f"  Fast R-CNN {chosen}, seed {self.seed}: done before, {path}")
+                detector.load_state_dict(checkpoint.detector)
+                return detector
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._train_fast(detector, used, None if path is None else StageFile(path.with_suffix(".running.pt"), made_by), chosen)
+            if path is not None:
+                save_checkpoint(path, Checkpoint(detector.state_dict(), detector.config, {"made_by": made_by}))
+                path.with_suffix(".running.pt").unlink(missing_ok=True)
             return detector
 
         return self.once(f"fast {chosen} {name}", train)
+
+    def _train_fast(self, detector: FasterRCNN, dataset: DetectionSet, kept: StageFile | None, preset: str) -> None:
+        proposals, recipe = self.searched_boxes(dataset), replace(self.setup.recipe, steps=self.setup.steps[1])
+        normal = head_normal(detector, dataset, proposals, recipe.hflip)
+        objective, learning = fast_objective(detector, normal=normal), [detector.backbone, detector.head]
+        shown = self.progress(f"Fast R-CNN {preset} on {dataset.name}", recipe.steps, "steps")
+        with speaking_normal(detector.head.bbox_pred, normal), shown as progress:
+            train_stage(detector, learning, objective, dataset, recipe, seed=self.seed, proposals=proposals, progress=progress, kept=kept)
 
     # -- proposals ------------------------------------------------------------------------------------------------------------
 
     def searched(self, dataset: DetectionSet) -> list[Searched]:
         def search() -> list[Searched]:
-            self.setup.say(f"  Selective Search on {dataset.name}: {len(dataset)} pictures, kept in {self.setup.cache}")
-            return search_dataset(dataset, self.setup.cache, self.setup.search)
+            with self.progress(f"Selective Search on {dataset.name}, kept in {self.setup.cache}", len(dataset)) as progress:
+                return search_dataset(dataset, self.setup.cache, self.setup.search, progress=lambda done, _: progress(done, None))
 
         return self.once(f"search {dataset.name} {len(dataset)}", search)
 
@@ -175,15 +199,19 @@ class Lab:
 
     def proposed(self, rpn: FasterRCNN, options: ProposalOptions) -> Boxes:
         """Proposals of an RPN for the test pictures."""
-        return rpn_proposals(rpn, self.sets.test, options, seed=self.seed)
+        with self.progress(f"proposals for {self.sets.test.name}", len(self.sets.test)) as progress:
+            return rpn_proposals(rpn, self.sets.test, options, seed=self.seed, progress=progress)
 
     # -- scores ---------------------------------------------------------------------------------------------------------------
 
     def score_external(self, detector: FasterRCNN, proposals: Boxes, limit: int = 2000) -> float:
-        return self.score(detect_external(detector, self.sets.test, proposals, limit=limit))
+        with self.progress(f"detections on {self.sets.test.name}", len(self.sets.test)) as progress:
+            found = detect_external(detector, self.sets.test, proposals, limit=limit, progress=lambda done: progress(done, None))
+            return self.score(found)
 
     def score_whole(self, detector: FasterRCNN) -> float:
-        return self.score(predict(detector, self.sets.test))
+        with self.progress(f"detections on {self.sets.test.name}", len(self.sets.test)) as progress:
+            return self.score(predict(detector, self.sets.test, progress=lambda done: progress(done, None)))
 
     def score(self, predictions: list[Prediction]) -> float:
         """VOC07's mean average precision in per cent: 11 points, IoU 0.5, inclusive pixels."""

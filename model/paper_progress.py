@@ -35,7 +35,7 @@ def shown_progress(say: Say, name: str, total: int, unit: str = "") -> Iterator[
 
 
 class _Lines:
-    """A line every few seconds and at the end."""
+    """A line every few seconds, and one at the end of a training."""
 
     def __init__(self, say: Say, name: str, total: int, unit: str) -> None:
         self.say, self.name, self.total, self.unit = say, name, total, unit
@@ -46,7 +46,7 @@ class _Lines:
         if self.before is None:
             self.before = done - 1  # a stage that goes on was not that fast
         now = time.monotonic()
-        if done < self.total and now - self.said < LINE_SECONDS:
+        if now - self.said < LINE_SECONDS and (done < self.total or loss is None):
             return
         self.said = now
         left = (now - self.started) / (done - self.before) * (self.total - done)

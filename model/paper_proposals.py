@@ -5,6 +5,7 @@ N anchors of an image, P proposals.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,11 +45,19 @@ def keep_all(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh: f
 
 
 @torch.inference_mode()
-def rpn_proposals(detector: FasterRCNN, dataset: DetectionSet, options: ProposalOptions, *, seed: int = 0) -> list[NDArray[np.float32]]:
+def rpn_proposals(
+    detector: FasterRCNN,
+    dataset: DetectionSet,
+    options: ProposalOptions,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, float | None], object] | None = None,
+) -> list[NDArray[np.float32]]:
     """Proposals of every picture, original frame, best first: [P, 4] each.
 
     Args:
         seed: of the random choice where `options.cls` is off.
+        progress: called with (pictures done, None).
     """
     device = next(detector.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -60,6 +69,8 @@ def rpn_proposals(detector: FasterRCNN, dataset: DetectionSet, options: Proposal
         boxes = propose_one(detector, image.to(device), size_hw.to(device), options, generator)
         height, width = size_hw[0].tolist()
         found.append(to_input_frame(boxes.cpu().numpy(), (height, width), record.size_hw))  # the way back
+        if progress is not None:
+            progress(len(found), None)
     return found
 
 

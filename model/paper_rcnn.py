@@ -161,15 +161,30 @@ class RegionClassifier:
         return Prediction(boxes=np.concatenate([part[0] for part in found])[best], scores=every[best], labels=labels[best])
 
 
-def fit_regions(dataset: DetectionSet, proposals: Sequence[Array], features_of: Features, *, seed: int = 0) -> RegionClassifier:
+def fit_regions(
+    dataset: DetectionSet,
+    proposals: Sequence[Array],
+    features_of: Features,
+    *,
+    negatives: int = NEGATIVES_PER_PICTURE,
+    seed: int = 0,
+    progress: Callable[[int, float | None], object] | None = None,
+) -> RegionClassifier:
     """Trains SVMs and regressors on a set.
 
     Positives of a class are its objects themselves, negatives the regions that overlap none of them by 0.3; regressors learn from
-    regions that overlap one by 0.6 or more. Regions come from a random `NEGATIVES_PER_PICTURE` of each picture's proposals: SVMs of
-    this size fit in memory whole, which spares R-CNN's rounds of hard negatives.
+    regions that overlap one by 0.6 or more. Regions come from a random `negatives` of each picture's proposals: SVMs of this size fit in
+    memory whole, which spares R-CNN's rounds of hard negatives.
+
+    Args:
+        progress: called with (pictures done, None) while features are taken.
     """
     rng = np.random.default_rng(seed)
-    pictures = [_regions(record, boxes, features_of, rng) for record, boxes in zip(dataset.records, proposals, strict=True)]
+    pictures: list[_Regions] = []
+    for record, boxes in zip(dataset.records, proposals, strict=True):
+        pictures.append(_regions(record, boxes[rng.permutation(len(boxes))[:negatives]], features_of))
+        if progress is not None:
+            progress(len(pictures), None)
     norms = np.concatenate([np.linalg.norm(picture.features, axis=1) for picture in pictures])
     scale = FEATURE_NORM / max(float(norms.mean()), 1e-6)
     classes = range(1, len(dataset.class_names) + 1)
@@ -187,9 +202,8 @@ class _Regions:
     features: Array
 
 
-def _regions(record: Record, proposals: Array, features_of: Features, rng: np.random.Generator) -> _Regions:
+def _regions(record: Record, drawn: Array, features_of: Features) -> _Regions:
     gt, labels = record.boxes[record.plain].astype(np.float32), record.labels[record.plain]
-    drawn = proposals[rng.permutation(len(proposals))[:NEGATIVES_PER_PICTURE]]
     boxes = np.concatenate([gt, drawn])
     return _Regions(gt, labels, boxes, features_of(record, boxes))
 

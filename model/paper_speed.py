@@ -16,7 +16,16 @@ from model.fast_rcnn import FastRCNN, deduplicate, original_frame, pad_proposals
 from model.faster_rcnn import FasterRCNN
 from model.metrics.predictions import Prediction
 from model.paper_lab import Lab, mean_ap
-from model.paper_rcnn import Array, Features, RegionClassifier, crop_features, fit_regions, pyramid_detector, pyramid_features
+from model.paper_rcnn import (
+    NEGATIVES_PER_PICTURE,
+    Array,
+    Features,
+    RegionClassifier,
+    crop_features,
+    fit_regions,
+    pyramid_detector,
+    pyramid_features,
+)
 from model.paper_training import fast_objective, train_stage
 from model.proposals import selective_search
 from model.roi_heads import detect
@@ -59,7 +68,8 @@ class SpeedOptions:
     Attributes:
         pictures: of the test set, one more being run before to warm up.
         fit_pictures: training pictures of the SVMs.
-        crops: R-CNN runs so many of its regions and the time is scaled to all of them; None: all.
+        crops: R-CNN runs so many of its regions and the time is scaled to all of them; its SVMs and those of SPP-net see no more of each
+            training picture. None: all.
         large, small: the two networks, VGG-16 and ZF in the paper.
         accuracy: also train, and score the pictures that are timed.
     """
@@ -109,14 +119,15 @@ def speed_table(lab: Lab, options: SpeedOptions) -> list[SpeedRow]:
     device = torch.device(lab.setup.device)
     times: dict[str, list[dict[str, float]]] = {label: [] for label, *_ in systems}
     found: dict[str, list[Prediction | None]] = {label: [] for label, *_ in systems}
-    for number, record in enumerate([test.records[0], *test.records]):
-        for label, system, *_ in systems:
-            clock = Clock(device)
-            prediction = system(record, clock)
-            if number:  # the first picture only warms up
-                times[label].append({**clock.stages, "total": sum(clock.stages.values())})
-                found[label].append(prediction)
-        lab.setup.say(f"  timed {number}/{len(test)} pictures")
+    with lab.progress("timing", (len(test) + 1) * len(systems), "pictures x systems") as progress:
+        for number, record in enumerate([test.records[0], *test.records]):
+            for position, (label, system, *_) in enumerate(systems, start=1):
+                clock = Clock(device)
+                prediction = system(record, clock)
+                if number:  # the first picture only warms up
+                    times[label].append({**clock.stages, "total": sum(clock.stages.values())})
+                    found[label].append(prediction)
+                progress(number * len(systems) + position, None)
     return [
         SpeedRow(label, published, _medians(times[label]), _accuracy(lab, options, test, found[label]), accuracy)
         for label, _, published, accuracy in systems
@@ -145,15 +156,24 @@ def _systems(lab: Lab, options: SpeedOptions) -> list[tuple[str, System, _Publis
     spp = _spp(lab, fast, options)
     train = lab.sets.train.with_records(lab.sets.train.records[: options.fit_pictures])
     proposals = lab.searched_boxes(train)
-    lab.setup.say(f"  SVMs and regressors on {len(train)} pictures, for R-CNN and SPP-net")
     crops, pyramid = crop_features(fast), pyramid_features(spp)
+    crop_svms, pyramid_svms = (_fit(lab, name, train, proposals, made, options) for name, made in (("R-CNN", crops), ("SPP-net", pyramid)))
     return [
-        (f"R-CNN, {large}, SS", rcnn(lab, crops, fit_regions(train, proposals, crops), options.crops), *_published("R-CNN", large)),
-        (f"SPP-net, {large}, SS", spp_net(lab, pyramid, fit_regions(train, proposals, pyramid)), *_published("SPP-net", large)),
+        (f"R-CNN, {large}, SS", rcnn(lab, crops, crop_svms, options.crops), *_published("R-CNN", large)),
+        (f"SPP-net, {large}, SS", spp_net(lab, pyramid, pyramid_svms), *_published("SPP-net", large)),
         (f"Fast R-CNN, {large}, SS", fast_rcnn(lab, fast), *_published("Fast", large)),
         (f"Faster R-CNN, {large}, RPN", faster_rcnn(_whole(lab, large, options)), *_published("Faster", large)),
         (f"Faster R-CNN, {small}, RPN", faster_rcnn(_whole(lab, small, options)), *_published("Faster", small)),
     ]
+
+
+def _fit(
+    lab: Lab, name: str, train: DetectionSet, proposals: Sequence[Array], features: Features, options: SpeedOptions
+) -> RegionClassifier:
+    """The time of an SVM does not depend on what it has learned from: where R-CNN runs few regions, it also learns from few."""
+    negatives = NEGATIVES_PER_PICTURE if options.crops is None else min(options.crops, NEGATIVES_PER_PICTURE)
+    with lab.progress(f"features for the SVMs of {name}", len(train), "pictures") as progress:
+        return fit_regions(train, proposals, features, negatives=negatives, progress=progress)
 
 
 def _published(system: str, network: str) -> tuple[_Published, float | None]:

@@ -206,23 +206,27 @@ def learned_sizes(rpn: FasterRCNN, dataset: DetectionSet) -> np.ndarray[tuple[in
 # -- recall of proposals -------------------------------------------------------------------------------------------------------
 
 
+def recall_sources(lab: Lab) -> dict[str, Boxes]:
+    """Proposals for the test pictures by where they come from."""
+    return {
+        "SS": lab.searched_boxes(lab.sets.test),
+        "RPN": lab.once("most proposals", lambda: lab.proposed(lab.rpn(), ProposalOptions(RECALL_LIMITS[-1]))),
+    }
+
+
 def proposal_rows(config: DetectorConfig) -> list[Row]:
     """Recall at two overlaps and its mean over ten, by number of proposals: figure 4 of the paper as numbers."""
-    sources: tuple[tuple[str, Callable[[Lab], Boxes]], ...] = (
-        ("SS", lambda lab: lab.searched_boxes(lab.sets.test)),
-        ("RPN", lambda lab: lab.proposed(lab.rpn(), ProposalOptions(RECALL_LIMITS[-1]))),
-    )
     return [
-        Row(f"{name} {limit}: {shown}", None, _recall(name, make, limit, key))
-        for name, make in sources
+        Row(f"{name} {limit}: {shown}", None, _recall(name, limit, key))
+        for name in ("SS", "RPN")
         for limit in RECALL_LIMITS
         for key, shown in (("recall_50", "recall at IoU 0.5"), ("recall_75", "recall at IoU 0.75"), ("AR", "average recall"))
     ]
 
 
-def _recall(name: str, make: Callable[[Lab], Boxes], limit: int, key: str) -> Callable[[Lab], float]:
+def _recall(name: str, limit: int, key: str) -> Callable[[Lab], float]:
     def measure(lab: Lab) -> float:
-        recalls = lab.once(f"recall {name}", lambda: proposal_recall(lab.sets.test, make(lab), top_n=RECALL_LIMITS))
+        recalls = lab.once(f"recall {name}", lambda: proposal_recall(lab.sets.test, recall_sources(lab)[name], top_n=RECALL_LIMITS))
         return 100.0 * recalls[limit]["all"][key]
 
     return measure

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_model_fast_rcnn import TINY, tiny_config
 from torchvision.ops import roi_pool
 
+from model.alternate import detector_config
 from model.config import RoIConfig
 from model.data.formats import open_dataset
 from model.data.records import DetectionSet
 from model.data.synthetic import write_voc
 from model.faster_rcnn import FasterRCNN, build_detector
 from model.metrics.predictions import empty_prediction
-from model.paper import main
+from model.paper import QUICK, main, read_options
 from model.paper_lab import mean_ap
 from model.paper_rcnn import PYRAMID, crop_features, fit_regions, pool_pyramid, pyramid_detector, pyramid_features, warp
 from model.paper_speed import SpeedRow, ratios
@@ -101,12 +103,35 @@ def test_a_union_is_left_out_where_none_is_given(data: Path, cache: Path, tmp_pa
     assert "needs --second-split" in capsys.readouterr().out
 
 
+def test_a_table_is_written_as_a_page_and_recall_as_a_plot(data: Path, cache: Path, tmp_path: Path) -> None:
+    pages = ("--markdown", str(tmp_path / "page.md"), "--plot", str(tmp_path / "recall.png"))
+    result = run("proposals", data, cache, tmp_path, "--limit", "2", *pages)
+    page = (tmp_path / "page.md").read_text().splitlines()
+    assert page[0] == "# Recall of proposals (%)"
+    rows = [line for line in page if line.startswith("| ")]
+    assert len(rows) == 2 + len(result["rows"])
+    assert rows[2].startswith(f"| SS 100: recall at IoU 0.5 | - | {result['rows'][0]['mean']:.1f} |")
+    with Image.open(tmp_path / "recall.png") as image:
+        assert image.width > image.height > 200
+
+
+def test_quick_changes_defaults_and_nothing_that_was_said() -> None:
+    common = ["table9", "somewhere", "--quick", "--limit", "7", "--set", "detector.rpn.hidden=48"]
+    options = read_options(common)
+    assert (options.preset, options.steps, options.limit) == ("mobilenet_v2_c4", QUICK["steps"], 7)
+    assert options.settings[-1] == "detector.rpn.hidden=48"
+    config = detector_config(options.preset, ("cell",), options.settings)
+    assert (config.input.short_side, config.rpn.hidden) == (192, 48)
+    assert read_options(["table5", "somewhere", "--quick"]).preset is None  # the paper's own two networks are timed
+    assert read_options(["table9", "somewhere"]).steps != QUICK["steps"]
+
+
 def test_finished_trainings_are_kept_and_gone_on_with(data: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = ("--work", str(tmp_path / "work"), "--limit", "2")
     first = run("table3", data, cache, tmp_path, *work)
     assert "done before" not in capsys.readouterr().err
     again = run("table3", data, cache, tmp_path, *work)
-    assert capsys.readouterr().err.count("done before") == 4
+    assert capsys.readouterr().err.count("done before") == 5  # the four steps, and the Fast R-CNN on Selective Search
     assert again["rows"] == first["rows"]
 
 
@@ -120,6 +145,7 @@ def test_finished_trainings_are_kept_and_gone_on_with(data: Path, cache: Path, t
         (("--second", "elsewhere"), "--second-split"),
         (("--set", "detector.rpn.colour=1"), "known"),
         (("--test-split", "nowhere"), "splits of this data set"),
+        (("--plot", "recall.png"), "recall of proposals"),
     ],
 )
 def test_what_is_wrong_is_said(more: tuple[str, ...], sentence: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

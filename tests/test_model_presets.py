@@ -39,7 +39,7 @@ def test_preset_builds_and_survives_a_checkpoint(name: str) -> None:
     assert f"--preset {name} " in (PRESETS[name].__doc__ or "") or name.endswith("_c4"), "the docstring states the command"
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2_fpn", "resnet50_c4", "vgg16", "zf"])
+@pytest.mark.parametrize("name", ["mobilenet_v2_fpn", "mobilenet_v2_c4", "resnet50_c4", "vgg16", "zf"])
 def test_networks_without_a_counterpart_train_and_detect(name: str) -> None:
     torch.manual_seed(0)
     config = PRESETS[name](("a", "b")).detector

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.backbones.body import Body
 from model.backbones.fpn import FPN
-from model.backbones.mobilenet import mobilenet_v2_body, mobilenet_v3_large_body
+from model.backbones.mobilenet import mobilenet_v2_body, mobilenet_v2_c4_body, mobilenet_v3_large_body
 from model.backbones.resnet import ResNet
 from model.backbones.vgg import VGG16
 from model.backbones.zf import ZF
@@ -17,6 +17,7 @@ from model.config import BackboneConfig
 
 BODIES: dict[str, Callable[[BackboneConfig], nn.Module]] = {
     "mobilenet_v2": mobilenet_v2_body,
+    "mobilenet_v2_c4": mobilenet_v2_c4_body,
     "mobilenet_v3_large": mobilenet_v3_large_body,
     "resnet50": ResNet,
     "resnet101": ResNet,

@@ -49,6 +49,12 @@ def mobilenet_v2_body(config: BackboneConfig) -> MobileNet:
     return MobileNet(features, taps=(6, 13, 17), channels=[32, 96, 320], stage_starts=(0, 2, 4, 7, 14))
 
 
+def mobilenet_v2_c4_body(config: BackboneConfig) -> MobileNet:
+    """Stride 16 alone, as the paper's networks have it."""
+    features = mobilenet_v2(norm_layer=norm_layer(config)).features
+    return MobileNet(features, taps=(13,), channels=[96], stage_starts=(0, 2, 4, 7))
+
+
 def mobilenet_v3_large_body(config: BackboneConfig) -> MobileNet:
     """The two maps that torchvision's detectors use, both at stride 32: the last stage's first block and the last convolution."""
     features = mobilenet_v3_large(norm_layer=norm_layer(config)).features
