@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, TypeVar
 
-from service.errors import DeadlineExceeded, DetectorError, InferenceFailed, QueueFull, WouldMissDeadline
+from service.errors import DetectorError, InferenceFailed, QueueFull, WouldMissDeadline
 from service.images import ImageLimits, Prepared, prepare
 from service.inference import ImageDetections
 from service.metrics import Metrics
 from service.repository import ServedVersion
-from service.scheduler import Priority, Scheduler
+from service.scheduler import Answer, Priority, Scheduler, Ticket
 from service.shadow import Shadow
 
 P = ParamSpec("P")
@@ -59,6 +60,18 @@ class Result:
     batch_size: int
 
 
+@dataclass(slots=True)
+class _Work:
+    """One encoded picture on its way to a lane."""
+
+    data: bytes
+    served: ServedVersion
+    ticket: Ticket
+    priority: Priority
+    prepared: Prepared | None = None
+    decode_s: float = 0.0
+
+
 class Pipeline:
     """Joins the decode pool, the scheduler and the bounds on what is in the house."""
 
@@ -83,6 +96,8 @@ class Pipeline:
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._max_images, self._max_bytes = max_images, max_bytes
         self._images, self._nbytes = 0, 0
+        self._lock = threading.Lock()
+        """Guards the two that follow, which the pool's threads write too."""
         self._decoding = 0
         self._decode_average_s = 0.005
 
@@ -169,13 +184,26 @@ class Pipeline:
             DetectorError: one of its subclasses, for this image alone.
         """
         with served.lease(), self._counted(), self._admitted(served):
-            prepared, decode_s = await self._decode(data, served, deadline)
-            return await self._infer(prepared, served, deadline, priority, decode_s)
+            work = _Work(data, served, self._scheduler.expect(deadline), PRIORITIES[priority])
+            with self._lock:
+                self._decoding += 1
+            job = self._pool.submit(self._decode, work)
+            try:
+                answer = await work.ticket.future
+            except BaseException:
+                if job.cancel():
+                    self._decoded()
+                raise
+            assert work.prepared is not None  # there is no answer without it
+            return self._finish(answer, work.prepared, served, work.decode_s)
 
     async def infer(self, prepared: Prepared, served: ServedVersion, *, deadline: float, priority: PriorityName = "high") -> Result:
         """The same for a picture that is already in the input frame. Raises DetectorError."""
         with served.lease(), self._counted(), self._admitted(served):
-            return await self._infer(prepared, served, deadline, priority, 0.0)
+            future = self._scheduler.submit(
+                served.lane(prepared.bucket), prepared, nbytes=prepared.pixels.nbytes, deadline=deadline, priority=PRIORITIES[priority]
+            )
+            return self._finish(await future, prepared, served, 0.0)
 
     async def probe(self, prepared: Prepared, served: ServedVersion) -> None:
         """One inference that is counted as no image and yields to all others. Raises DetectorError."""
@@ -189,11 +217,7 @@ class Pipeline:
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: context.run(function, *args, **kwargs))
 
-    async def _infer(self, prepared: Prepared, served: ServedVersion, deadline: float, priority: str, decode_s: float) -> Result:
-        future = self._scheduler.submit(
-            served.lane(prepared.bucket), prepared, nbytes=prepared.pixels.nbytes, deadline=deadline, priority=PRIORITIES[priority]
-        )
-        answer = await future
+    def _finish(self, answer: Answer, prepared: Prepared, served: ServedVersion, decode_s: float) -> Result:
         if isinstance(answer.result, InferenceFailed):
             raise answer.result
         if self.shadow is not None:
@@ -205,20 +229,24 @@ class Pipeline:
             self._metrics.top_score.observe(float(scores[0]))
         return Result(served, prepared, answer.result, decode_s, answer.queue_s, answer.run_s, answer.batch_size)
 
-    async def _decode(self, data: bytes, served: ServedVersion, deadline: float) -> tuple[Prepared, float]:
-        self._decoding += 1
+    def _decode(self, work: _Work) -> None:
+        """On a thread of the pool, which hands the picture to the scheduler itself: a detour by the event loop would cost two wakings."""
         try:
-            async with asyncio.timeout(max(0.0, deadline - self._clock())):
-                prepared, decode_s = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, data, served)
-        except TimeoutError:
-            raise DeadlineExceeded("the request's time ran out while its picture was decoded; allow more with timeout_ms") from None
-        except asyncio.CancelledError:
-            self._metrics.cancelled["queued"].inc()
-            raise
+            prepared, work.decode_s = self._prepare(work.data, work.served)
+            work.prepared = prepared
+            lane = work.served.lane(prepared.bucket)
+            self._scheduler.deliver(work.ticket, lane, prepared, nbytes=prepared.pixels.nbytes, priority=work.priority)
+        except Exception as error:  # whatever it is, somebody awaits it
+            self._scheduler.refuse(work.ticket, error)
         finally:
+            self._decoded(work.decode_s or None)
+
+    def _decoded(self, seconds: float | None = None) -> None:
+        """One picture fewer is in the pool. Called on its threads and on the event loop."""
+        with self._lock:
             self._decoding -= 1
-        self._decode_average_s += DECODE_WEIGHT * (decode_s - self._decode_average_s)
-        return prepared, decode_s
+            if seconds is not None:
+                self._decode_average_s += DECODE_WEIGHT * (seconds - self._decode_average_s)
 
     def _prepare(self, data: bytes, served: ServedVersion) -> tuple[Prepared, float]:
         started = time.perf_counter()

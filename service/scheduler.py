@@ -17,16 +17,30 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from service.batch_costs import BatchCosts
-from service.batch_queue import Batch, BatchQueue, Entry, LaneKey, Phase, Priority, Snapshot
+from service.batch_queue import Batch, BatchQueue, LaneKey, Phase, Priority, Snapshot
 from service.batch_runner import Answer, BatchRunner, Observer, Outcome, Run, too_late
 from service.device_errors import DeviceLost, DeviceOutOfMemory
 from service.errors import DetectorError, Draining, NotReady
+from service.tickets import Expected, Ticket, refuse
 
-__all__ = ["Answer", "DeviceLost", "DeviceOutOfMemory", "LaneKey", "Observer", "Phase", "Priority", "Run", "Scheduler", "Snapshot"]
+__all__ = [
+    "Answer",
+    "DeviceLost",
+    "DeviceOutOfMemory",
+    "LaneKey",
+    "Observer",
+    "Phase",
+    "Priority",
+    "Run",
+    "Scheduler",
+    "Snapshot",
+    "Ticket",
+]
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +91,7 @@ class Scheduler:
         ]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._expected = Expected()
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     # Life
@@ -134,6 +149,7 @@ class Scheduler:
             waiting = self._queue.clear(running=False)
             self._work.notify_all()
         self._settle([(entry, _draining()) for entry in waiting])
+        self._expected.refuse(_draining)
         end = time.monotonic() + grace_s
         started = [thread for thread in self._threads if thread.ident is not None]
         for thread in started:
@@ -164,19 +180,47 @@ class Scheduler:
             QueueFull, WouldMissDeadline: with retry_after_s from the measured costs of what waits.
             NotReady: the lane is unknown or closing, or the device is lost. Draining: after drain or close.
         """
-        loop = self._loop
-        if self._refusal is not None or loop is None:
-            raise (self._refusal or _not_started)()
+        ticket = self._make_ticket(deadline)
+        self.deliver(ticket, key, item, nbytes=nbytes, priority=priority)
+        self._watch(ticket)
+        return ticket.future
+
+    def expect(self, deadline: float | None = None) -> Ticket:
+        """Await an item that another thread makes ready and delivers.
+
+        Returns:
+            A ticket whose future behaves as the one of submit. What `deliver` raises is to be passed on with `refuse`.
+
+        Raises:
+            NotReady, Draining: as submit.
+        """
+        ticket = self._make_ticket(deadline)
+        self._expected.add(ticket)
+        self._watch(ticket)
+        return ticket
+
+    def deliver(self, ticket: Ticket, key: LaneKey, item: Any, *, nbytes: int = 0, priority: Priority = Priority.HIGH) -> None:
+        """Let the ticket's item wait for a device, from any thread; nothing happens if its future is done.
+
+        Raises:
+            QueueFull, WouldMissDeadline, NotReady, Draining: as submit.
+        """
         with self._lock:
-            entry = self._queue.admit(key, item, nbytes=nbytes, deadline=deadline, priority=priority, now=self._clock())
-            future: asyncio.Future[Answer] = loop.create_future()
-            entry.owner = future
+            if self._refusal is not None:
+                raise self._refusal()
+            if ticket.future.done():
+                return
+            entry = self._queue.admit(key, item, nbytes=nbytes, deadline=ticket.deadline, priority=priority, now=self._clock())
+            entry.owner = ticket.future
+            ticket.entry = entry
             if self._idle_threads:
                 self._work.notify()
-        future.add_done_callback(partial(self._on_done, entry))
-        if deadline is not None:
-            self._arm_timer(deadline)
-        return future
+
+    def refuse(self, ticket: Ticket, error: Exception) -> None:
+        """Let the ticket's future raise the error, from any thread: its item will not come."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop has closed: nobody waits
+            self._loop.call_soon_threadsafe(refuse, [ticket], lambda: error)
 
     def estimate_s(self, key: LaneKey, priority: Priority = Priority.HIGH) -> float:
         """Seconds until an item submitted now would be answered, by measured costs."""
@@ -196,11 +240,21 @@ class Scheduler:
 
     # On the event loop
 
-    def _on_done(self, entry: Entry, future: asyncio.Future[Answer]) -> None:
+    def _make_ticket(self, deadline: float | None) -> Ticket:
+        if self._refusal is not None or self._loop is None:
+            raise (self._refusal or _not_started)()
+        return Ticket(self._loop.create_future(), deadline)
+
+    def _watch(self, ticket: Ticket) -> None:
+        ticket.future.add_done_callback(partial(self._on_done, ticket))
+        if ticket.deadline is not None:
+            self._arm_timer(ticket.deadline)
+
+    def _on_done(self, ticket: Ticket, future: asyncio.Future[Answer]) -> None:
         if not future.cancelled():
             return
         with self._lock:
-            phase = self._queue.withdraw(entry)
+            phase = self._queue.withdraw(ticket.entry) if ticket.entry is not None else "queued"
         if phase != "done":
             self._observer.cancelled(phase)
         self._wake_waiters()
@@ -229,12 +283,15 @@ class Scheduler:
 
     def _expire(self) -> None:
         self._timer = None
+        now = self._clock()
         with self._lock:
-            late = self._queue.expire(self._clock())
+            late = self._queue.expire(now)
             following = self._queue.next_deadline()
         self._settle([(entry, too_late("while it waited")) for entry in late])
-        if following is not None:
-            self._arm_timer(following)
+        self._expected.refuse(lambda: too_late("before the image was ready"), before=now)
+        deadlines = [deadline for deadline in (following, self._expected.next_deadline()) if deadline is not None]
+        if deadlines:
+            self._arm_timer(min(deadlines))
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition on the queue holds; it is looked at after each delivery."""

@@ -1,0 +1,137 @@
+"""Items that another thread makes ready: delivered, refused, too late, or no longer wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any
+
+import pytest
+
+from service.errors import BadImage, DeadlineExceeded, Draining, QueueFull
+from service.scheduler import Observer, Scheduler, Ticket
+
+COSTS = {1: 0.001}
+
+
+def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    @wraps(test)
+    def run() -> None:
+        asyncio.run(test())
+
+    return run
+
+
+class Leavers(Observer):
+    """Counts who left in which phase."""
+
+    def __init__(self) -> None:
+        self.phases: Counter[str] = Counter()
+
+    def cancelled(self, phase: str) -> None:
+        self.phases[phase] += 1
+
+
+class Setting:
+    """A scheduler whose one device notes what it ran."""
+
+    def __init__(self, max_queue_images: int = 8) -> None:
+        self.ran: list[Any] = []
+        self.leavers = Leavers()
+        self.scheduler = Scheduler(max_queue_images=max_queue_images, max_queue_bytes=1 << 20, observer=self.leavers)
+
+    async def __aenter__(self) -> Setting:
+        self.scheduler.start()
+        self.scheduler.add_lane("lane", self.run, costs=COSTS, max_batch_size=4)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.scheduler.close()
+
+    def run(self, _device: int, items: Sequence[Any]) -> list[Any]:
+        self.ran += items
+        return [2 * item for item in items]
+
+    def bring(self, ticket: Ticket, item: int) -> None:
+        """As a decoding thread does."""
+        try:
+            self.scheduler.deliver(ticket, "lane", item)
+        except QueueFull as error:
+            self.scheduler.refuse(ticket, error)
+
+
+@on_a_loop
+async def test_what_a_thread_delivers_is_answered() -> None:
+    async with Setting() as setting:
+        tickets = [setting.scheduler.expect(time.monotonic() + 30) for _ in range(5)]
+        for number, ticket in enumerate(tickets):
+            await asyncio.to_thread(setting.bring, ticket, number)
+        assert [(await ticket.future).result for ticket in tickets] == [0, 2, 4, 6, 8]
+
+
+@on_a_loop
+async def test_a_thread_passes_its_error_on() -> None:
+    async with Setting() as setting:
+        ticket = setting.scheduler.expect()
+        await asyncio.to_thread(setting.scheduler.refuse, ticket, BadImage("broken"))
+        with pytest.raises(BadImage, match="broken"):
+            await ticket.future
+
+
+@on_a_loop
+async def test_who_left_before_the_delivery_costs_no_device_time() -> None:
+    async with Setting() as setting:
+        left, stayed = setting.scheduler.expect(time.monotonic() + 30), setting.scheduler.expect()
+        left.future.cancel()
+        await asyncio.to_thread(setting.bring, left, 1)
+        await asyncio.to_thread(setting.bring, stayed, 2)
+        assert (await stayed.future).result == 4
+        assert setting.ran == [2]
+        assert setting.leavers.phases == {"queued": 1}
+
+
+@on_a_loop
+async def test_deadlines_hold_before_the_delivery_and_each_in_its_turn() -> None:
+    async with Setting() as setting:
+        now = time.monotonic()
+        tickets = [setting.scheduler.expect(now + seconds) for seconds in (0.15, 0.05, 60.0)]
+        for ticket in (tickets[1], tickets[0]):
+            with pytest.raises(DeadlineExceeded, match="before the image was ready"):
+                await ticket.future
+        assert time.monotonic() >= now + 0.15
+        await asyncio.to_thread(setting.bring, tickets[0], 1)
+        await asyncio.to_thread(setting.bring, tickets[2], 3)
+        assert (await tickets[2].future).result == 6
+        assert setting.ran == [3], "what came too late was not run"
+
+
+@on_a_loop
+async def test_closing_and_draining_reach_those_who_wait_for_a_thread() -> None:
+    async with Setting() as setting:
+        early = setting.scheduler.expect()
+        await setting.scheduler.drain()
+        with pytest.raises(Draining):
+            setting.scheduler.expect()
+        with pytest.raises(Draining):
+            await asyncio.to_thread(setting.scheduler.deliver, early, "lane", 1)
+        await setting.scheduler.close()
+        with pytest.raises(Draining):
+            await early.future
+
+
+@on_a_loop
+async def test_an_error_after_the_loop_closed_is_nobodys() -> None:
+    scheduler = Scheduler(max_queue_images=1, max_queue_bytes=1)
+
+    async def begin() -> Ticket:
+        scheduler.start()
+        ticket = scheduler.expect()
+        ticket.future.cancel()
+        return ticket
+
+    ticket = await asyncio.to_thread(asyncio.run, begin())
+    scheduler.refuse(ticket, BadImage("late"))
+    assert ticket.future.cancelled()
