@@ -20,12 +20,12 @@ from torch import nn
 from torch.export import Dim
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from export import certificate
+from export import certificate, trim
 from export.certificate import CertifiedDetector
 from export.nms import TRANSLATIONS, onnx_nms
 from export.opset import OLDEST, TRACED, OpsetError, lower_to_17
 from export.precision import FIRST_OPSET, Kind, set_types
-from export.roi_pool import table_pooling
+from export.roi_pool import pool_by_products, products_pay, table_pooling
 from model.backbones.frozen_norm import NormalisedConv2d
 from model.faster_rcnn import FasterRCNN
 from model.nms import dense_nms
@@ -117,6 +117,10 @@ def inference_copy(detector: FasterRCNN, nms: NMSChoice) -> FasterRCNN:
                 setattr(parent, name, nn.Identity())
             previous = (name, child)
     ready.nms = onnx_nms(detector.config.num_classes + 1) if nms == "onnx" else dense_nms
+    if nms == "onnx":  # made for CPUs, and its list depends on the data anyway
+        ready.trim = trim.trim
+        if products_pay(ready, _stride(ready)):
+            pool_by_products(ready)
     if detector.config.roi.pool == "max":
         ready.pool = table_pooling(max(max(bucket) for bucket in detector.config.input.buckets), _stride(ready))
     return ready
@@ -163,7 +167,7 @@ def _trace(detector: FasterRCNN | CertifiedDetector, opset: int) -> Any:
             dynamic_shapes=shapes,
             input_names=list(inputs),
             output_names=outputs,
-            custom_translation_table=TRANSLATIONS | certificate.TRANSLATIONS,
+            custom_translation_table=TRANSLATIONS | certificate.TRANSLATIONS | trim.TRANSLATIONS,
             verbose=False,
         )
     except Exception as error:

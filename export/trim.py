@@ -39,7 +39,7 @@ def trim(proposals: Proposals) -> Proposals:
 def translate_filled_slots(boxes: Any, valid: Any) -> Any:
     """The standard ONNX operators for `detector::filled_slots`."""
     counts = op.ReduceSum(op.Cast(valid, to=7), [1], keepdims=1)
-    used = op.Max(op.ReduceMax(counts, [0, 1], keepdims=0), op.Constant(value_int=1))
+    used = op.Max(op.ReduceMax(counts, keepdims=0), op.Constant(value_int=1))
     end = op.Unsqueeze(used, [0])
     return op.Slice(boxes, [0], end, [1]), op.Slice(valid, [0], end, [1])
 
