@@ -1,6 +1,7 @@
 """Where every node of a file runs: `python -m export.audit FILE --provider cpu|cuda|tensorrt`.
 
-Fails where a compute node leaves the device. Without that provider here, it says so and checks the file against the table of CUDA kernels.
+Fails where a compute node leaves the device. Without that provider here, it says so and checks the file against the registry of CUDA
+kernels that `cuda_kernels.json` holds, by operator, version and element type.
 """
 
 from __future__ import annotations
@@ -18,20 +19,12 @@ import onnx
 import onnxruntime as ort
 from rich.table import Table
 
+from export import cuda_kernels
 from export.console import wide_console
 from export.profiling import NodeRun, profile
 from service.manifest import Bucket, ManifestError, parse_manifest
 from service.runtime import PROVIDER_NAMES
 
-# ONNX Runtime's CUDA provider, 1.25 and later, for the types that our graphs use.
-_KERNEL_NAMES = (
-    "Add And AveragePool Cast Ceil Clip Concat Conv Div Equal Exp Expand Flatten Floor Gather GatherElements GatherND Gemm "
-    "GlobalAveragePool Greater GreaterOrEqual HardSigmoid HardSwish Identity Less LessOrEqual Log MatMul Max MaxPool Min Mod Mul Neg "
-    "NonMaxSuppression NonZero Not Or Pad QuantizeLinear DequantizeLinear Range ReduceMax ReduceMean ReduceSum Relu Reshape Resize "
-    "RoiAlign ScatterElements ScatterND Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose Unsqueeze Where Constant "
-    "ConstantOfShape"
-)
-CUDA_KERNELS = frozenset(_KERNEL_NAMES.split())
 HOST_SYNC = {
     "NonMaxSuppression": "copies a count to the host for every image and class; export with --nms dense to avoid it",
     "NonZero": "the size of its output is known only on the host",
@@ -112,7 +105,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 def _on_paper(model: onnx.ModelProto, provider: str, warnings: Sequence[str]) -> Audit:
     used = Counter(node.op_type for node in model.graph.node)
-    missing = [f"{count} x {op}: no CUDA kernel" for op, count in sorted(used.items()) if op not in CUDA_KERNELS]
+    missing = cuda_kernels.without_kernel(model) if provider != "cpu" else []
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     late = (
         [f"RoiAlign of opset {opset}: on CUDA since ONNX Runtime 1.25, before that it falls to the CPU"]

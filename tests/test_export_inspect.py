@@ -91,7 +91,7 @@ def test_audit_without_the_provider_reads_the_table(exported: Exported) -> None:
     assert found.passed
     assert not found.measured
     model.graph.node[0].op_type = "MaxRoiPool"
-    assert audit_module._on_paper(model, "cuda", []).misplaced == ["1 x MaxRoiPool: no CUDA kernel"]
+    assert audit_module._on_paper(model, "cuda", []).misplaced == ["1 x MaxRoiPool: no CUDA kernel in ONNX Runtime 1.31.1"]
 
 
 def test_audit_finds_nodes_and_copies_off_the_device() -> None:
