@@ -71,8 +71,11 @@ def _type_parameters(node: onnx.NodeProto, schema: Any, types: dict[str, str]) -
 
 
 def _element_types(model: onnx.ModelProto) -> dict[str, str]:
-    """Tensor -> element type, as far as inference tells."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
+    """Tensor -> element type, as far as inference tells; of a graph that it rejects, what the graph says itself."""
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except onnx.shape_inference.InferenceError:
+        graph = model.graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info, *graph.output]}
     kinds |= {initializer.name: initializer.data_type for initializer in graph.initializer}
     return {name: onnx.TensorProto.DataType.Name(kind).lower() for name, kind in kinds.items() if kind}
