@@ -23,7 +23,8 @@ def sparse_roi_align(feature: Tensor, rois: Tensor, output_size: int, spatial_sc
         feature: `[B, C, H, W]`.
         rois: `[N, 5]`: index in the batch, then xyxy; no gradient flows there.
     """
-    pooled: Tensor = _SparseRoIAlign.apply(feature, rois, output_size, spatial_scale, sampling_ratio, aligned)
+    with torch.autocast("cpu", enabled=False):  # sparse products have no kernel in bf16
+        pooled: Tensor = _SparseRoIAlign.apply(feature, rois, output_size, spatial_scale, sampling_ratio, aligned)
     return pooled
 
 

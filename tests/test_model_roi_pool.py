@@ -69,3 +69,16 @@ def test_half_precision_maps_are_sampled_at_exact_coordinates(pool) -> None:  # 
     found = pool([halves], box, (8, 320), CONFIG)
     assert found.dtype is torch.bfloat16
     torch.testing.assert_close(found, pool([halves.float()], box, (8, 320), CONFIG).bfloat16(), rtol=0, atol=0)
+
+
+def test_learning_from_half_precision_maps_under_autocast() -> None:
+    """Values are those without autocast, and the gradient comes back in the map's type."""
+    halves = torch.rand((1, 2, 8, 20)).bfloat16().requires_grad_()
+    box = torch.tensor([[[3.3, 0.0, 11.7, 8.0]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pool_on_canvas([halves], box, (8, 20), CONFIG)
+    torch.testing.assert_close(found, pool_on_canvas([halves.detach().float()], box, (8, 20), CONFIG).bfloat16())
+    found.float().sum().backward()
+    assert halves.grad is not None
+    assert halves.grad.dtype is torch.bfloat16
+    assert halves.grad.float().sum().item() == pytest.approx(2 * CONFIG.pool_size**2, rel=0.02)  # each bin's weights add up to one
