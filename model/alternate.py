@@ -29,6 +29,7 @@ from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet
 from model.faster_rcnn import FasterRCNN, build_detector
 from model.inference import predict
+from model.metrics.recall import proposal_recall
 from model.metrics.report import evaluate_detections
 from model.paper_normal import head_normal, rpn_normal, speaking_normal
 from model.paper_progress import shown_progress
@@ -48,6 +49,7 @@ PAPER_STEPS = (80_000, 40_000, 80_000, 40_000)
 
 TRAINING_PROPOSALS = ProposalOptions(top_n=2000)
 MATLAB_BACKGROUND_LOW = 0.1
+RECALL_LIMITS = (100, 300, 1000, 2000)
 
 Say = Callable[[str], None]
 
@@ -249,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="vgg16", help="network (default: vgg16)")
     parser.add_argument("--variant", choices=("python", "matlab"), default="python", help="which release to follow (default: python)")
     parser.add_argument("--steps", default=",".join(map(str, PAPER_STEPS)), help="steps of the four stages (default: the paper's on VOC07)")
+    parser.add_argument("--rpn-only", action="store_true", help="stop after step 1, an RPN alone, and print the recall of its proposals")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, a tenth after three quarters (default: 0.001)")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures a step (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
@@ -284,12 +287,22 @@ def _run(options: argparse.Namespace) -> None:
     steps = [int(count) for count in options.steps.split(",")]
     plan = plan_of(options.variant, steps, Recipe(1, lr=options.lr, batch_size=options.batch_size), options.seed)
     device = str(start_processes(options.device).device)
-    detector = Alternation(config, options.backbone_weights, dataset, plan, options.out, device=device, say=_print).run()
+    alternation = Alternation(config, options.backbone_weights, dataset, plan, options.out, device=device, say=_print)
+    detector = alternation.run(last=1 if options.rpn_only else 4)
     if options.test_split == "none":
         return
     common = {"data_format": options.format, "skip_bad": options.skip_bad}
     test = open_dataset(options.data, options.test_split, class_names=dataset.class_names, **common)
-    print(evaluate_detections(test, predict(detector, test)).to_text())
+    print(_recall_text(detector, test) if options.rpn_only else evaluate_detections(test, predict(detector, test)).to_text())
+
+
+def _recall_text(rpn: FasterRCNN, test: DetectionSet) -> str:
+    """Recall of the proposals of an RPN alone."""
+    recalls = proposal_recall(test, rpn_proposals(rpn, test, ProposalOptions(RECALL_LIMITS[-1])), top_n=RECALL_LIMITS)
+    lines = [f"proposals for {test.name}, {len(test)} pictures: recall at IoU 0.5 and 0.75, average recall"]
+    for limit, by_area in recalls.items():
+        lines.append("  {:4d}  {recall_50:.3f}  {recall_75:.3f}  {AR:.3f}".format(limit, **by_area["all"]))
+    return "\n".join(lines)
 
 
 def detector_config(preset: str, class_names: tuple[str, ...], settings: Sequence[str]) -> DetectorConfig:

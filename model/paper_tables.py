@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from model import boxes as box_ops
+from model.alternate import RECALL_LIMITS
 from model.config import DetectorConfig
 from model.data.records import DetectionSet
 from model.fast_rcnn import read_input
@@ -22,8 +23,6 @@ from model.paper_proposals import ProposalOptions
 
 LAMBDA_TO_WEIGHT = 256 / 2400
 """The paper divides the box loss by about 2400 locations where this project divides by the 256 sampled anchors."""
-
-RECALL_LIMITS = (100, 300, 1000, 2000)
 
 
 @dataclass(frozen=True)

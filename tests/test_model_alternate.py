@@ -196,5 +196,11 @@ def test_the_command_trains_and_evaluates(data: Path, tmp_path: Path, capsys: py
     common = [str(data), "--preset", "zf", "--train-split", "train", "--device", "cpu", "--out", str(tmp_path / "run"), *settings]
     assert main([*common, "--steps", "1,1,1,1"]) == 0
     assert "AP50" in capsys.readouterr().out
+    assert main([*common, "--steps", "1,1,1,1", "--rpn-only"]) == 0  # step 1 is there already
+    shown = capsys.readouterr().out.splitlines()
+    assert "step 1: done before" in shown[0]
+    recalls = [[float(number) for number in line.split()] for line in shown[-4:]]
+    assert [row[0] for row in recalls] == [100, 300, 1000, 2000]
+    assert all(0 <= row[2] <= row[1] <= 1 for row in recalls)
     assert main([*common, "--steps", "1,1,1"]) == 1
     assert "four positive" in capsys.readouterr().err
