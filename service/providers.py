@@ -93,6 +93,8 @@ def open_session(path: Path, provider: str, stack: list[Any], intra_op_threads: 
     options.log_severity_level = 3
     options.intra_op_num_threads = intra_op_threads or (cpu_quota() if on_cpu else 1)
     options.inter_op_num_threads = 1
+    if provider == "tensorrt":  # it optimises its parts itself, and the plan of its engines names the file's own tensors
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # A spinning pool takes the CPU that the decoders need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
