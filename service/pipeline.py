@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, TypeVar
 
@@ -30,6 +32,9 @@ PriorityName = Literal["high", "low"]
 PRIORITIES: dict[str, Priority] = {"high": Priority.HIGH, "low": Priority.LOW}
 DECODE_WEIGHT = 0.05
 """Weight of the newest picture in the running average of decoding time."""
+DECODE_NICENESS = 5
+"""Of decoding threads, above the process's own: they always have work under load, and whoever answers, refuses or feeds a device must
+not wait for their time slice to end."""
 
 REASON_OF_CODE = {
     "queue_full": "queue_full",
@@ -58,6 +63,14 @@ class Result:
     queue_s: float
     infer_s: float
     batch_size: int
+
+
+def _step_back() -> None:
+    """Let this thread be scheduled after the others. Elsewhere than on Linux niceness belongs to the process."""
+    if sys.platform == "linux":
+        own = threading.get_native_id()
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + DECODE_NICENESS)
 
 
 @dataclass(slots=True)
@@ -93,7 +106,7 @@ class Pipeline:
         self._metrics = metrics
         self._clock = clock
         self._decode_threads = decode_threads
-        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode", initializer=_step_back)
         self._max_images, self._max_bytes = max_images, max_bytes
         self._images, self._nbytes = 0, 0
         self._lock = threading.Lock()

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -33,6 +34,9 @@ BACKLOG = 2048
 """Connections that the kernel keeps while the loop is busy."""
 WHOLE_BODY_BYTES = 1 << 20
 """A body that claims no more than this wakes its reader once, when it is complete; larger and chunked ones arrive in pieces."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long one thread may keep Python's lock from another. When a batch is done the event loop answers for milliseconds on end; with the
+usual 5 ms the decoders, who need the lock for moments between long stretches of C, would stand still as long."""
 FAILURE_GRACE_S = 2.0
 """After a failure for good: time for the answers that say so."""
 
@@ -263,6 +267,7 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 async def serve(server: Server) -> None:
     """Run the server, and its companion, to their end."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     host, port = server.listener.getsockname()[:2]
     logger.info("listening", extra={"fields": {"host": host, "port": port}})
     async with asyncio.TaskGroup() as group:
