@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -234,21 +235,28 @@ def _answers(document: dict[str, Any]) -> list[Answer | DetectorError]:
     return [_error(entry["error"]) if "error" in entry else _answer(entry) for entry in document["results"]]
 
 
-def main() -> None:
-    """Print what is found in each picture."""
+def main() -> int:
+    """Print what is found in each picture. Returns the exit status: 1 where some picture has no answer."""
     parser = argparse.ArgumentParser(description="Ask a running detection service.")
     parser.add_argument("pictures", nargs="+", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key")
     parser.add_argument("--score-threshold", type=float)
     arguments = parser.parse_args()
+    failed = 0
     with Detector(arguments.url, api_key=arguments.api_key) as detector:
         for path in arguments.pictures:
-            answer = detector.detect(path, score_threshold=arguments.score_threshold)
+            try:
+                answer = detector.detect(path, score_threshold=arguments.score_threshold)
+            except (DetectorError, httpx.TransportError, OSError) as error:
+                print(f"{path}: {error}", file=sys.stderr)
+                failed += 1
+                continue
             print(f"{path}: {len(answer.detections)} found by {answer.model}@{answer.version} in {answer.timing_ms['total']} ms")
             for found in answer.detections:
                 print(f"  {found.class_name:12} {found.score:.2f}  {' '.join(f'{edge:8.1f}' for edge in found.box)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -178,6 +178,20 @@ def test_command_line(server: Process, tmp_path: Path) -> None:
     assert done.stdout.split("\n")[1].split()[0] == "red"
 
 
+def test_the_command_goes_on_after_a_picture_without_an_answer(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "red.png").write_bytes(picture(90, 60))
+    files = [tmp_path / "empty.png", tmp_path / "missing.png", tmp_path / "red.png"]
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "client.py", *files, "--url", server.url], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "empty.png: 400 empty_body" in result.stderr
+    assert "missing.png: [Errno 2]" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "red.png: 1 found by blobs@1" in result.stdout
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the script is made of curl lines")
 def test_curl_lines(server: Process, tmp_path: Path) -> None:
     command = ["sh", EXAMPLES / "detect.sh", server.url, EXAMPLES / "blood_smear.jpg", tmp_path]
