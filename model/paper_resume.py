@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from model.faster_rcnn import FasterRCNN
 from model.random_state import rng_state, set_rng_state
 
@@ -39,16 +39,16 @@ class StageFile:
     _saved_at: float = field(default_factory=time.monotonic)
 
     def restore(self, detector: FasterRCNN, optimizer: torch.optim.Optimizer) -> list[float]:
-        """Brings everything to where the file left off; the losses so far, none where there is no file of this stage.
+        """Brings everything to where the file left off; the losses so far, none where there is no file.
 
         Raises:
-            CheckpointError: the file is broken.
+            CheckpointError: the file is broken, or of a stage that was started with other options.
         """
         if not self.path.is_file():
             return []
         checkpoint = load_checkpoint(self.path)
         if checkpoint.training.get("made_by") != self.made_by or checkpoint.resume is None:
-            return []
+            raise CheckpointError(f"{self.path} was made with other options; give the same to go on, or delete it to start the step anew")
         detector.load_state_dict(checkpoint.detector)
         optimizer.load_state_dict(checkpoint.resume["optimizer"])
         set_rng_state(checkpoint.resume["rng"])
