@@ -44,3 +44,14 @@ def test_the_killed_replica_is_replaced(measured: dict[str, Any]) -> None:
 def test_two_replicas_do_more_than_one(measured: dict[str, Any]) -> None:
     """The measured figure is above 1.7 on an idle machine; the test leaves room for a busy one."""
     assert measured["speed_up_of_two"] > 1.4
+
+
+def test_an_answer_carries_one_request_id(measured: dict[str, Any]) -> None:
+    assert measured["overhead"]["request_ids_in_an_answer"] == 1
+    assert measured["overhead_of_the_default_proxy"]["request_ids_in_an_answer"] == 1
+
+
+def test_the_shipped_switches_add_less_than_rays_own_proxy(measured: dict[str, Any]) -> None:
+    """Median of several runs in turns; on an idle machine it is milliseconds against a fraction of one."""
+    shipped, default = measured["overhead"]["added_p50_ms"], measured["overhead_of_the_default_proxy"]["added_p50_ms"]
+    assert shipped < default

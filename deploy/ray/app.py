@@ -4,7 +4,8 @@ serve run deploy.ray.app:application                                           t
 serve run deploy.ray.app:application provider=cuda num_gpus=1 max_replicas=8   one GPU under each replica
 
 Ray starts, places, watches, scales and replaces replicas; batching, deadlines and refusals stay where the device is, in the replica's
-scheduler. Other arguments are the service's settings by name. Measured overhead: deploy/ray/README.md.
+scheduler. Other arguments are the service's settings by name. Ray's own switches for this application are in serve.env beside this file;
+what they bring is measured in README.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
 from service.app import create_app, create_operations_app
@@ -54,6 +56,7 @@ class Detector:
         """
         logs.configure_logs(settings.log_level, settings.log_format)
         self._app = create_app(settings, runtime=open_runtime() if open_runtime is not None else None)
+        self._app.add_middleware(RequestIdOnce)
         surround_lifespan(self._app, targets)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -69,6 +72,23 @@ class Detector:
     async def describe(self) -> dict[str, int]:
         """Which process this is, and how many images it holds: for tests and for people."""
         return {"pid": os.getpid(), "images": self._app.state.parts.pipeline.images_in_house}
+
+
+class RequestIdOnce:
+    """Ray gives a request an id where its client did not, and adds it to the answer; the service uses the same id and need not add it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything on, the answer without its X-Request-ID."""
+
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without_id)
 
 
 def surround_lifespan(app: FastAPI, targets: Path | None) -> None:
