@@ -1,7 +1,7 @@
-"""The exported graph against torchvision's eager network with the same weights: `python -m benchmarks.runtime`.
+"""The exported graph against torchvision's network with the same weights, on the same pictures, side by side in one run.
 
-All contenders run in turns within one process, so that a busy machine slows them alike; the ratio is of medians of the same rounds.
-Weights are random unless --weights gives a torchvision state dict: with random ones every proposal slot is filled, the worst case.
+Contenders: torchvision eager, torch.compile and its own ONNX export where they work; ours eager and on ONNX Runtime; further files of
+ours with --file (an int8 version, say). Everybody takes each round in turn, one picture at a time; the ratio is of medians.
 """
 
 from __future__ import annotations
@@ -9,156 +9,184 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 import torchvision
 from rich.console import Console
-from rich.table import Table
 
-from export import pictures
-from export.graph import GraphOptions, build_graph, inference_copy
-from model.faster_rcnn import FasterRCNN, build_detector
-from model.presets import PRESETS
-from model.pretrained import load_torchvision
-from model.weights import load_state
-from service.manifest import Bucket
+from benchmarks import runtime_contenders as contenders
+from benchmarks import runtime_report as report
+from benchmarks import runtime_sweeps as sweeps
+from benchmarks.runtime_contenders import COMPILED, EAGER, OURS, OURS_EAGER, THEIR_ONNX, Device
+from benchmarks.runtime_networks import NETWORKS, Pair, Sample, build_pair, filled_slots, full_bucket, read_pictures, samples_of
+from benchmarks.runtime_parts import Peak, cpu_peak, gpu_peak, parts_of, post_processing_share
+from export.console import wide_console
+from export.profiling import profile
+from model.checkpoint import Checkpoint, save_checkpoint
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
-NETWORKS = ("mobilenet_v3_large_320_fpn", "mobilenet_v3_large_fpn", "resnet50_fpn", "resnet50_fpn_v2")
-COCO_CLASSES = 90
 AIMS = {"mobilenet_v3_large_320_fpn": 3.0, "mobilenet_v3_large_fpn": 2.0, "resnet50_fpn": 1.3}
+"""Times torchvision eager on a CPU."""
+GPU_AIM = 2.0
+QUICK_BUCKET = (64, 96)
+PARTS = {"eager": OURS_EAGER, "compile": COMPILED, "onnx": THEIR_ONNX}
+EXAMPLES = """examples:
+  python -m benchmarks.runtime                                        three networks on the CPU, sweeps; half an hour on two cores
+  python -m benchmarks.runtime --networks resnet50_fpn --pictures COCO/val2017 --limit 8 --weights fasterrcnn_resnet50_fpn_coco.pth
+  python -m benchmarks.runtime --checkpoint runs/cells/best.pt --data BCCD --split test     adds the depth of NMS on real proposals
+  python -m benchmarks.runtime --networks resnet50_fpn --checkpoint-out /tmp/r50.pt         then export it in another precision, and:
+  python -m benchmarks.runtime --networks resnet50_fpn --file int8=model_repository/r50/1/model.onnx
+  python -m benchmarks.runtime --provider cuda --fp16 --networks resnet50_fpn
 
-Contender = Callable[[], object]
-
-
-def pair(name: str, weights: Path | None) -> tuple[torch.nn.Module, FasterRCNN]:
-    """Torchvision's network and ours with one set of weights."""
-    torch.manual_seed(0)
-    theirs = getattr(torchvision.models.detection, f"fasterrcnn_{name}")(weights=None, weights_backbone=None).eval()
-    if weights is not None:
-        theirs.load_state_dict(load_state(weights))
-    preset = PRESETS[name](tuple(f"class {k}" for k in range(1, COCO_CLASSES + 1)))
-    ours = build_detector(preset.detector).eval()
-    load_torchvision(ours, theirs.state_dict(), "torchvision's network")
-    return theirs, ours
-
-
-def contenders(name: str, weights: Path | None, bucket: Bucket, threads: int) -> dict[str, Contender]:
-    """Functions that each answer one picture of the bucket's size."""
-    theirs, ours = pair(name, weights)
-    picture = pictures.street(bucket, seed=1)
-    images, sizes_hw = picture[None], np.array([bucket], dtype=np.int64)
-    as_float = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
-    batch = (torch.from_numpy(images), torch.from_numpy(sizes_hw))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    graph = build_graph(ours, GraphOptions()).SerializeToString()
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    folded = inference_copy(ours, "onnx")
-
-    @torch.inference_mode()
-    def eager_theirs() -> object:
-        return theirs([as_float])
-
-    @torch.inference_mode()
-    def eager_ours() -> object:
-        return folded(*batch)
-
-    def exported() -> object:
-        return session.run(None, {"images": images, "image_sizes_hw": sizes_hw})
-
-    return {"torchvision eager": eager_theirs, "ours, eager": eager_ours, "ours, ONNX Runtime": exported}
+Writes runtime.json, runtime.md and runtime.png.
+"""
 
 
-def in_turns(runs: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every round; one round first to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + 1):
-        for name, call in runs.items():
-            started = time.perf_counter()
-            call()
-            if index:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One network's row."""
-    bucket = PRESETS[name](("object",)).detector.input.buckets[-2]
-    seconds = in_turns(contenders(name, options.weights, bucket, options.threads), options.rounds)
+def measure(pair: Pair, device: Device, options: argparse.Namespace, peak: Peak, say: Callable[[str], None]) -> dict[str, Any]:
+    """One network: everybody's times, and where those of our graph go."""
+    samples = _samples(pair, options)
+    without = frozenset(PARTS[name] for name in options.without if name in PARTS)
+    runs, cannot, graph = contenders.gather(pair, device, samples[0], files=dict(options.file), without=without, progress=say)
+    if EAGER not in runs or OURS not in runs:
+        raise RuntimeError(f"{pair.name}: nothing to compare: {cannot.get(EAGER) or cannot.get(OURS)}")
+    seconds = sweeps.in_turns(runs, samples, options.rounds, say)
     middle = {who: float(np.median(values)) for who, values in seconds.items()}
-    base = middle["torchvision eager"]
+    parts = _parts(graph, samples, device, peak)
     return {
-        "network": name,
-        "bucket": list(bucket),
+        "network": pair.name,
+        "proposals": filled_slots(pair, samples),
+        "buckets": [list(sample.images.shape[1:3]) for sample in samples],
         "seconds": middle,
         "fastest": {who: min(values) for who, values in seconds.items()},
-        "ratio": {who: base / value for who, value in middle.items()},
-        "aim": AIMS.get(name),
+        "rounds": seconds,
+        "ratio": {who: middle[EAGER] / value for who, value in middle.items()},
+        "judged": OURS,
+        "aim": AIMS.get(pair.name) if device.provider == "cpu" else GPU_AIM,
+        "cannot": cannot,
+        "parts": [asdict(part) for part in parts],
+        "post_processing": post_processing_share(parts),
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Milliseconds and ratios."""
-    drawn = Table(title="one picture on the CPU, median of rounds in turns")
-    for column in ("network", "bucket", "torchvision eager ms", "ours, eager ms", "ours, ONNX Runtime ms", "times torchvision", "aim"):
-        drawn.add_column(column, justify="left" if column == "network" else "right")
-    for row in rows:
-        times = [f"{row['seconds'][who] * 1e3:.0f}" for who in ("torchvision eager", "ours, eager", "ours, ONNX Runtime")]
-        aim = f"{row['aim']:.1f}" if row["aim"] else "-"
-        drawn.add_row(row["network"], "x".join(map(str, row["bucket"])), *times, f"{row['ratio']['ours, ONNX Runtime']:.2f}", aim)
-    return drawn
+def _samples(pair: Pair, options: argparse.Namespace) -> list[Sample]:
+    if options.quick:
+        pair.theirs.transform.min_size, pair.theirs.transform.max_size = (min(QUICK_BUCKET),), max(QUICK_BUCKET)  # type: ignore[union-attr]
+        return [full_bucket(QUICK_BUCKET)]
+    return samples_of(pair.ours.config, read_pictures(options.pictures, options.limit))
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of milliseconds, one group a network."""
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    names = list(rows[0]["seconds"])
-    for index, who in enumerate(names):
-        places = np.arange(len(rows)) + (index - 1) * 0.27
-        bars = axes.bar(places, [row["seconds"][who] * 1e3 for row in rows], width=0.25, label=who)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(rows)), [row["network"] for row in rows])
-    axes.set_yscale("log")
-    axes.set_ylabel("milliseconds a picture, batch 1")
-    axes.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _parts(graph: onnx.ModelProto, samples: Sequence[Sample], device: Device, peak: Peak) -> list[Any]:
+    with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(graph, str(path))
+        height, width = samples[0].images.shape[1:3]
+        ran = profile(path, (height, width), provider=device.provider, runs=3, threads=device.threads)
+    return parts_of(graph, ran, peak)
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text!r}")
+    return f"ours, {name}", Path(path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.runtime", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS[:3]), help="which (default: the first three)")
+    parser.add_argument("--weights", type=Path, help="torchvision state dict, for a single network (default: random weights that behave)")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures to answer (default: drawn ones)")
+    parser.add_argument("--limit", type=int, default=3, help="pictures of a round (default: 3)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every contender (default: all)")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where everybody runs (default: cpu)")
+    parser.add_argument("--fp16", action="store_true", help="torch's sides in half precision (with --provider cuda)")
+    parser.add_argument("--file", type=_named_file, action="append", default=[], metavar="NAME=FILE", help="another export of ours")
+    parser.add_argument("--without", nargs="+", choices=(*PARTS, "sweeps"), default=[], help="leave out")
+    parser.add_argument("--sweep-network", choices=NETWORKS, default=NETWORKS[1], help=f"for the sweeps (default: {NETWORKS[1]})")
+    parser.add_argument("--checkpoint", type=Path, help="trained detector of ours, for the depth of NMS; needs --data")
+    parser.add_argument("--data", type=Path, help="its data set")
+    parser.add_argument("--split", default="test", help="split of the data set (default: test)")
+    parser.add_argument("--checkpoint-out", type=Path, metavar="FILE", help="only write the (first) network's weights as our checkpoint")
+    parser.add_argument("--quick", action="store_true", help="tiny pictures and sweeps: shows that everything works, measures nothing")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results (default: benchmarks/results)")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.runtime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS[:3]), help="which (default: the first three)")
-    parser.add_argument("--weights", type=Path, help="torchvision state dict, for a single network")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds that count (default: 10)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every contender (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for runtime.json and runtime.png")
+    parser = build_parser()
     options = parser.parse_args(arguments)
+    if options.weights and len(options.networks) > 1:
+        parser.error("--weights belongs to one network: name it with --networks")
+    if bool(options.checkpoint) != bool(options.data):
+        parser.error("--checkpoint and --data belong together")
+    console = wide_console()
+    if options.checkpoint_out:
+        return _write_checkpoint(options, console)
     torch.set_num_threads(options.threads)
-    console = Console(width=150)
-    rows = []
-    for name in options.networks:
-        console.print(f"measuring {name}")
-        rows.append(measure(name, options))
-    console.print(table(rows))
-    facts = {"machine": platform.processor() or platform.machine(), "threads": options.threads, "rounds": options.rounds}
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "onnxruntime": ort.__version__}
-    options.out.mkdir(parents=True, exist_ok=True)
-    weights = str(options.weights.name) if options.weights else "random"
-    (options.out / "runtime.json").write_text(json.dumps({**facts, **versions, "weights": weights, "rows": rows}, indent=2) + "\n")
-    plot(rows, options.out / "runtime.png")
+    device = Device(options.provider, options.fp16, options.threads)
+    peak = cpu_peak(options.threads) if device.provider == "cpu" else gpu_peak(torch.cuda.get_device_name())
+    if peak is None:
+        parser.error(f"the peaks of {torch.cuda.get_device_name()} are not known; add them to GPU_PEAKS")
+    result = _facts(options, device, peak)
+    with console.status("") as status:
+        say = _teller(console, status.update)
+        result["rows"] = [measure(build_pair(name, options.weights), device, options, peak, say) for name in options.networks]
+        if "sweeps" not in options.without:
+            plan, name = (sweeps.QUICK if options.quick else sweeps.Plan()), options.sweep_network
+            result |= {"sweep_network": name, "sweeps": sweeps.sweep(name, None, device, plan, max(1, options.rounds // 2), say)}
+        if options.checkpoint:
+            limit = 3 if options.quick else 10_000
+            result["nms_depth"] = sweeps.nms_depth(options.checkpoint, options.data, options.split, limit, say)
+    _publish(result, options.out, console)
     return 0
+
+
+def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], None]:
+    """Progress: one changing line on a terminal, a line each in a log."""
+    return update if console.is_terminal else lambda sentence: console.print(sentence, style="dim", highlight=False)
+
+
+def _facts(options: argparse.Namespace, device: Device, peak: Peak) -> dict[str, Any]:
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device.provider == "cuda" else "CPU",
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "onnxruntime": ort.__version__,
+        "weights": options.weights.name if options.weights else "random, scaled to find many things",
+        "peak": f"{peak.macs_per_s / 1e9:.0f} GMAC/s, {peak.bytes_per_s / 1e9:.0f} GB/s ({peak.source})",
+        "note": "A quick run on tiny pictures: no figure means anything." if options.quick else "Medians of rounds in turns.",
+    }
+
+
+def _write_checkpoint(options: argparse.Namespace, console: Console) -> int:
+    pair = build_pair(options.networks[0], options.weights)
+    training = {"dataset": "none", "command": "python -m benchmarks.runtime", "metrics": {}}
+    save_checkpoint(options.checkpoint_out, Checkpoint(detector=pair.ours.state_dict(), config=pair.ours.config, training=training))
+    console.print(f"wrote {options.checkpoint_out}", highlight=False)
+    return 0
+
+
+def _publish(result: dict[str, Any], folder: Path, console: Console) -> None:
+    console.print(report.table("one picture at a time", report.speed_rows(result["rows"])))
+    console.print(report.table(f"where the time of our graph goes; peaks: {result['peak']}", report.part_rows(result["rows"])))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runtime.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "runtime.md").write_text(report.markdown(result))
+    report.plot(result, folder / "runtime.png")
+    console.print(f"wrote runtime.json, runtime.md and runtime.png in {folder}", highlight=False)
 
 
 if __name__ == "__main__":

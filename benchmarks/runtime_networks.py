@@ -1,0 +1,160 @@
+"""The networks, weights and pictures of the runtime benchmark: the same for every contender.
+
+Weights are random unless a torchvision state dict is given, and made to behave: activations of unit size, and heads whose scores spread so
+that every proposal slot is filled and many detections are found, the most work that a picture can bring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.models import detection
+
+from export import pictures
+from export.job import input_spec
+from model.config import DetectorConfig
+from model.faster_rcnn import FasterRCNN, build_detector
+from model.presets import PRESETS
+from model.pretrained import load_torchvision
+from model.rpn import Proposals
+from model.weights import load_state
+from service.images import Prepared, assemble, prepare_pixels
+from service.manifest import Bucket
+
+NETWORKS = ("mobilenet_v3_large_320_fpn", "mobilenet_v3_large_fpn", "resnet50_fpn", "resnet50_fpn_v2")
+COCO_CLASSES = tuple(f"class {k}" for k in range(1, 91))
+DRAWN_HW = ((480, 640), (640, 480), (360, 640))
+CALIBRATION_HW = (256, 320)
+PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Torchvision's network and ours with one set of weights."""
+
+    name: str
+    theirs: nn.Module
+    ours: FasterRCNN
+    weights: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as each side takes it: padded to its bucket for ours, as it is for torchvision, which pads by the same rule."""
+
+    images: NDArray[np.uint8]  # [1, H, W, 3]
+    image_sizes_hw: NDArray[np.int64]  # [1, 2]
+    float_picture: Tensor  # [3, h, w], 0..1
+
+
+def build_pair(name: str, weights: Path | None = None, *, proposals: int | None = None) -> Pair:
+    """Both networks in eval mode.
+
+    Args:
+        weights: a torchvision state dict; None draws random ones.
+        proposals: RoIs an image, instead of the network's own number.
+    """
+    torch.manual_seed(0)
+    limits: dict[str, Any] = {}
+    if proposals is not None:
+        limits = {"rpn_post_nms_top_n_test": proposals, "rpn_pre_nms_top_n_test": max(proposals, 1000)}
+    theirs: nn.Module = getattr(detection, f"fasterrcnn_{name}")(weights=None, weights_backbone=None, **limits).eval()
+    if weights is not None:
+        theirs.load_state_dict(load_state(weights))
+    else:
+        enliven(theirs)
+    config = with_proposals(PRESETS[name](COCO_CLASSES).detector, proposals)
+    ours = build_detector(config).eval()
+    load_torchvision(ours, theirs.state_dict(), "torchvision's network")
+    return Pair(name, theirs, ours, weights.name if weights else "random")
+
+
+def with_proposals(config: DetectorConfig, proposals: int | None) -> DetectorConfig:
+    """The same network with another number of RoIs an image."""
+    if proposals is None:
+        return config
+    rpn = replace(config.rpn, post_nms_top_n_test=proposals, pre_nms_top_n_test=max(proposals, 1000))
+    return replace(config, rpn=rpn)
+
+
+@torch.no_grad()
+def enliven(network: nn.Module) -> None:
+    """Statistics of real activations, then scores and boxes that spread, layer after layer."""
+    drawn = [_as_float(pictures.street(CALIBRATION_HW, seed=0)), _as_float(pictures.smear(CALIBRATION_HW, seed=1))]
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a plain mean over what it sees
+        norm.train()
+    network(drawn)
+    for norm in norms:
+        norm.eval()
+    rpn, head = network.get_submodule("rpn.head"), network.get_submodule("roi_heads.box_predictor")
+    for layer, deviation in ((rpn.cls_logits, 2.0), (rpn.bbox_pred, 0.2), (head.cls_score, 2.5), (head.bbox_pred, 0.2)):
+        _spread(network, layer, deviation, drawn)  # type: ignore[arg-type]  # torch types attributes of modules as either
+
+
+def _spread(network: nn.Module, layer: nn.Module, deviation: float, drawn: list[Tensor]) -> None:
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.std()))
+    network(drawn)
+    hook.remove()
+    layer.weight.mul_(deviation / torch.stack(seen).mean())  # type: ignore[operator]  # a parameter
+
+
+def read_pictures(folder: Path | None, limit: int) -> list[pictures.Picture]:
+    """Of a folder and its subfolders, in order of path; without a folder drawn ones.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    if folder is None:
+        draw = (pictures.street, pictures.smear, pictures.street)
+        return [draw[i % 3](DRAWN_HW[i % len(DRAWN_HW)], seed=i) for i in range(limit)]
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_TYPES)[:limit]
+    if not paths:
+        raise ValueError(f"{folder} holds no picture ({', '.join(sorted(PICTURE_TYPES))}); name another folder with --pictures")
+    return [np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in paths]
+
+
+def samples_of(config: DetectorConfig, found: Sequence[pictures.Picture]) -> list[Sample]:
+    """Every picture resized and padded as the service does it."""
+    return [_sample(prepare_pixels(picture, input_spec(config))) for picture in found]
+
+
+def full_bucket(bucket: Bucket, batch_size: int = 1) -> Sample:
+    """Drawn pictures that fill their bucket to the last pixel."""
+    drawn = [pictures.street(bucket, seed=seed) for seed in range(batch_size)]
+    return Sample(np.stack(drawn), np.array([bucket] * batch_size, dtype=np.int64), _as_float(drawn[0]))
+
+
+@torch.inference_mode()
+def filled_slots(pair: Pair, samples: Sequence[Sample]) -> list[int]:
+    """Proposals that each picture really brings: the work of the head goes with them."""
+    counts: list[int] = []
+
+    def count(proposals: Proposals) -> Proposals:
+        counts.append(int(proposals.valid.sum()))
+        return proposals
+
+    pair.ours.trim = count
+    for sample in samples:
+        pair.ours.cpu()(torch.from_numpy(sample.images), torch.from_numpy(sample.image_sizes_hw))
+    pair.ours.trim = None
+    return counts
+
+
+def _sample(prepared: Prepared) -> Sample:
+    images, sizes_hw = assemble([prepared])
+    return Sample(images, sizes_hw, _as_float(prepared.pixels))
+
+
+def _as_float(pixels: pictures.Picture) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255
