@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--score-threshold", type=_share, default=0.5, help="least score of a detection that agreement is about (0.5)")
     parser.add_argument("--provider", choices=("auto", "tensorrt", "cuda", "cpu"), default="auto", help="execution provider (auto)")
     parser.add_argument("--out", type=Path, default=Path("comparison"), metavar="FOLDER", help="where the report goes (comparison)")
-    parser.add_argument("--pictures", type=int, default=12, metavar="N", help="most pictures of disagreements (12)")
+    parser.add_argument("--pictures", type=_count, default=12, metavar="N", help="most pictures of disagreements (12)")
     bounds = parser.add_argument_group("bounds, for a pipeline: exit status 2 where one is broken")
     bounds.add_argument("--max-drop", type=float, metavar="POINTS", help="most that AP may fall from A to B; 0.5 is 0.005 of AP")
     bounds.add_argument("--max-class-drop", type=float, metavar="POINTS", help="the same for every class that A knows")
@@ -199,6 +199,12 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a score from 0 to 1, got {text}")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., got {text!r}")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -175,7 +175,10 @@ def _page(comparison: Comparison, pictures: dict[int, str]) -> str:
     title = f"{comparison.a.title} against {comparison.b.title}"
     body = [f"<h1>{escape(title)}</h1>", _verdict(comparison)]
     body += [_html_table(*section) for section in sections(comparison)]
-    body.append(f"<h2>Largest disagreements</h2><p>{_legend()}</p>" if pictures else "<p>The versions agree on every picture.</p>")
+    if pictures:
+        body.append(f"<h2>Largest disagreements</h2><p>{_legend()}</p>")
+    elif not any(one.disagreement for one in comparison.pictures):
+        body.append("<p>The versions agree on every picture.</p>")
     for index, name in pictures.items():
         one, record = comparison.pictures[index], comparison.dataset.records[index]
         counts = f"both {len(one.pairs)}, only A {len(one.missed)}, only B {len(one.extra)}, of these another class {len(one.renamed)}"
