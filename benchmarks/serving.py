@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -126,9 +127,14 @@ async def measure_server(name: str, pictures: Sequence[Picture], seconds: float,
 
 
 async def _run(server: Serving, pictures: Sequence[Picture], load: Load) -> dict[str, Any]:
-    cpu = server.cpu_seconds()
-    records = await run_load(server.url, pictures, load)
-    cpu = server.cpu_seconds() - cpu
+    gc.collect()
+    gc.disable()  # a pause of the generator would be taken for one of the server
+    try:
+        cpu = server.cpu_seconds()
+        records = await run_load(server.url, pictures, load)
+        cpu = server.cpu_seconds() - cpu
+    finally:
+        gc.enable()
     kept = asdict(summarise(records, load))
     del kept["timeline"]
     kept["curve"] = [(round(percentile, 4), round(ms, 2)) for percentile, ms in kept["curve"][::4]]
