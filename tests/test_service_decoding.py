@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, JpegImagePlugin
 from service_pictures import ACCEPTED, JPEG, LIMITS, REFUSED, Check, corners, encoded, exif, pixels, scene, see_through, swapped_profile
 
+from service import decoding
 from service.decoding import DRAFT_MARGIN, Decoded, decode_rgb
 from service.errors import BadImage, DetectorError, EmptyBody, TooManyPixels, UnsupportedType
 
@@ -82,6 +83,44 @@ def test_scaled_jpeg_decoding_moves_nothing(detection_data: Path, monkeypatch: p
         down, right = np.gradient(b.mean(axis=2))
         shift = np.linalg.lstsq(np.stack([right.ravel(), down.ravel()], axis=1), (b - a).mean(axis=2).ravel(), rcond=None)[0]
         assert np.abs(shift).max() < 0.02
+
+
+def jpegs() -> dict[str, bytes]:
+    small = Image.effect_noise((1900, 1301), 90)
+    colour = Image.merge("RGB", [small, small.rotate(90).resize(small.size), small.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
+    kinds = {"4:2:0": {"subsampling": 2}, "4:4:4": {"subsampling": 0}, "4:2:2": {"subsampling": 1}, "progressive": {"progressive": True}}
+    return {name: encoded(colour, "JPEG", quality=80, **options) for name, options in kinds.items()} | {"grey": encoded(small, "JPEG")}
+
+
+@pytest.mark.parametrize("divisor", [2, 5, 9, 20])
+@pytest.mark.parametrize(("kind", "data"), jpegs().items(), ids=jpegs())
+def test_the_quick_way_through_a_jpeg_gives_pillows_picture(kind: str, data: bytes, divisor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole picture, and at 1/2, 1/4 and 1/8 of its size, which has odd sides."""
+
+    def decoded() -> NDArray[np.uint8]:
+        return decode_rgb(data, LIMITS, lambda hw: (hw[0] // divisor, hw[1] // divisor)).pixels
+
+    calls: list[bool] = []
+    usual = decoding._decode_ordinary_jpeg
+
+    def noted(data: bytes, image: JpegImagePlugin.JpegImageFile) -> NDArray[np.uint8] | None:
+        found = usual(data, image)
+        calls.append(found is not None)
+        return found
+
+    monkeypatch.setattr(decoding, "_decode_ordinary_jpeg", noted)
+    quick = decoded()
+    assert calls == [True]
+    monkeypatch.setattr(decoding, "_decode_ordinary_jpeg", lambda *_: None)
+    assert np.array_equal(quick, decoded())
+
+
+def test_a_faulty_jpeg_is_pillows_to_judge() -> None:
+    whole = jpegs()["4:2:0"]
+    junk = whole[:-2] + b"\xff\x01\x02\x03" + whole[-2:]  # a warning of libjpeg's; Pillow reads on
+    assert decode_rgb(junk, LIMITS, lambda hw: (hw[0] // 2, hw[1] // 2)).original_hw == (1301, 1900)
+    with pytest.raises(BadImage):
+        decode_rgb(whole[: len(whole) // 2], LIMITS, lambda hw: (hw[0] // 2, hw[1] // 2))
 
 
 def test_real_exif_files(detection_data: Path) -> None:
