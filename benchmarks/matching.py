@@ -26,7 +26,6 @@ from rich.table import Table
 from torch import Tensor
 
 from model.matching import match, sample
-from model.run_folder import environment
 
 ANCHORS, BOXES = 270_000, 50
 FRAME_HW = (800, 1344)
@@ -134,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [measure_apart(int(count), options) for count in options.images.split(",")]
     _show(rows, options)
     if options.json is not None:
+        from model.run_folder import environment  # loads plotting and TensorBoard, which the measured processes need not
+
         facts = {"anchors": options.anchors, "boxes": options.boxes, "device": options.device, "limit_mb": LIMIT_MB}
         options.json.write_text(json.dumps({**facts, "rows": rows, "environment": environment()}, indent=2) + "\n")
     return 0 if all(row["peak_mb"] < LIMIT_MB for row in rows if row["images"] <= 8) else 1
