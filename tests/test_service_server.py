@@ -189,6 +189,22 @@ def test_pipelined_requests_are_answered_in_order(shared):
     assert re.findall(rb'"class":"(\w+)"', answer) == [b"red", b"green", b"blue"]
 
 
+@pytest.mark.parametrize("size", [150_000, 3_000_000], ids=["handed over whole", "handed over in pieces"])
+def test_a_body_may_come_in_pieces(shared, size):
+    body = picture(90, 60) + bytes(size)  # what lies behind a picture is ignored
+    with shared.connect() as connection:
+        for _ in range(2):  # the connection stays usable
+            connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(body))
+            for start in range(0, len(body), 70_001):
+                connection.sendall(body[start : start + 70_001])
+                time.sleep(0.002)
+            answer = b""
+            while b'"timing_ms"' not in answer:
+                answer += connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b'"class":"red"' in answer
+
+
 def test_a_half_closed_client_harms_nobody(shared):
     with shared.connect() as connection:
         connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 100\r\n\r\nabc")
