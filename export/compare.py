@@ -22,6 +22,7 @@ from export.compare_report import tables, write_report
 from export.comparison import Bounds, Comparison, Version
 from export.console import wide_console
 from export.evaluate import answer_one
+from export.target import find_version
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet
 from model.evaluation import add_data_arguments, open_data, percentiles_ms, progress_bar
@@ -29,7 +30,6 @@ from model.metrics.predictions import Prediction
 from model.metrics.report import evaluate_detections
 from service.errors import DetectorError
 from service.images import ImageLimits, Prepared, prepare
-from service.loading import MODEL_FILE, find_models, parse_reference
 from service.manifest import ManifestError
 from service.runtime import OnnxRuntime, Runtime, RuntimeLoadError, file_sha256
 from service.warm_up import warm_up
@@ -54,32 +54,6 @@ class _Side:
     path: Path
     runtime: OnnxRuntime
     relabel: np.ndarray
-
-
-def find_version(target: str, repository: Path) -> Path:
-    """The file that a target means: a file, a version folder, a model's folder (its newest version), or a name in the repository.
-
-    Raises:
-        ValueError: none of these; says what the repository holds.
-    """
-    path = Path(target)
-    if path.is_file():
-        return path
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
-    found = find_models(path.parent).get(path.name) if path.is_dir() else None
-    if found:
-        return path / found[0] / MODEL_FILE
-    held = find_models(repository)
-    try:
-        name, version = parse_reference(target)
-    except ValueError:
-        name, version = "", None
-    versions = held.get(name, [])
-    if not versions or (version is not None and version not in versions):
-        offered = ", ".join(f"{known}@{number}" for known, numbers in held.items() for number in numbers) or "nothing"
-        raise ValueError(f"{target} is no model file, version folder or version of {repository}, which holds {offered}")
-    return repository / name / (version or versions[0]) / MODEL_FILE
 
 
 def compare_versions(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from export.remote import PictureRefused, RemoteAnswer, RemoteDetector, RemoteError, is_url
+from export.target import find_version
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet, Fault, Record
 from model.evaluation import Evaluation, add_data_arguments, add_result_arguments, open_data, percentiles_ms, progress_bar, publish
@@ -30,6 +31,7 @@ AHEAD = 8  # pictures decoded while the network runs
 
 EXAMPLES = """examples:
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test --report report
+  python -m export.evaluate blood-cells@1 --data VOC_FOLDER --split test
   python -m export.evaluate http://127.0.0.1:8000 --data VOC_FOLDER --split test
   python -m export.evaluate https://detector.example --model cells@3 --api-key @key.txt --data COCO_FOLDER --split val2017
 
@@ -122,7 +124,8 @@ def predict_service(
 
 def run_file(options: argparse.Namespace) -> Evaluation:
     """Evaluate the file that the options name."""
-    runtime = OnnxRuntime(Path(options.target), provider=options.provider)
+    path = find_version(options.target, options.repository)
+    runtime = OnnxRuntime(path, provider=options.provider)
     try:
         dataset = open_data(options, runtime.manifest.class_names)
         predictions, seconds = [], []
@@ -134,7 +137,7 @@ def run_file(options: argparse.Namespace) -> Evaluation:
                 progress(len(predictions))
         speed = {"images_per_s": len(dataset) / (time.perf_counter() - started)}
         speed |= {f"network_{name}": value for name, value in percentiles_ms(seconds).items()}
-        source, note = {"file": options.target}, f"one at a time on {runtime.provider}, decoding included"
+        source, note = {"file": str(path)}, f"one at a time on {runtime.provider}, decoding included"
         return Evaluation.of(source, dataset, predictions, speed, note)
     finally:
         runtime.close()
@@ -189,12 +192,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export.evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", metavar="FILE_OR_URL", help="model.onnx of an exported version, or http(s)://HOST[:PORT] of a service")
+    parser.add_argument(
+        "target", metavar="VERSION_OR_URL", help="model.onnx, its folder or NAME[@VERSION]; or http(s)://HOST[:PORT] of a service"
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="folder of the data set")
     add_data_arguments(parser, split="test")
     add_result_arguments(parser)
     file = parser.add_argument_group("a file")
     file.add_argument("--exact-padding", action="store_true", help="pad to the next multiple of 32 instead of the bucket")
+    file.add_argument("--repository", type=Path, default=Path("model_repository"), help="where names are looked up (model_repository)")
     file.add_argument("--provider", choices=("auto", "tensorrt", "cuda", "cpu"), default="auto", help="execution provider (default: auto)")
     service = parser.add_argument_group("a service")
     service.add_argument("--model", help="`name` or `name@version`; the service's first model where left out")

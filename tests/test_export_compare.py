@@ -12,8 +12,9 @@ from PIL import Image
 from service_onnx import write_model
 
 from export.__main__ import main
-from export.compare import common_classes, find_version
+from export.compare import common_classes
 from export.compare_agreement import agree, agree_by_class
+from export.target import find_version
 from model.metrics.predictions import Prediction, empty_prediction
 
 BOX, NEAR, FAR = (10, 20, 50, 80), (12, 20, 50, 80), (200, 100, 260, 180)

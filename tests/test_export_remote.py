@@ -49,11 +49,12 @@ def test_service_and_file_have_one_ap(server: Process, data: Path, tmp_path: Pat
     assert main(asked) == 0
     assert "over HTTP with 4 requests at a time" in capsys.readouterr().out
     file = write_model(tmp_path / "repository")
-    assert main([str(file), *where, "--provider", "cpu", "--json", str(local), "--report", str(tmp_path / "local")]) == 0
+    named = ["blobs@1", "--repository", str(file.parent.parent.parent)]
+    assert main([*named, *where, "--provider", "cpu", "--json", str(local), "--report", str(tmp_path / "local")]) == 0
     over_http, direct = json.loads(remote.read_text()), json.loads(local.read_text())
     assert 0.5 < direct["coco"]["AP"] < 1
     assert over_http["coco"] == pytest.approx(direct["coco"], abs=1e-3)
-    assert over_http["model"] == "blobs@1"
+    assert (over_http["model"], direct["file"]) == ("blobs@1", str(file))
     assert over_http["speed"]["p95_ms"] >= over_http["speed"]["p50_ms"] > 0
     assert over_http["speed"]["service_infer_mean_ms"] > 0
     assert direct["speed"]["network_p50_ms"] > 0
