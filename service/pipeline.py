@@ -32,7 +32,7 @@ PriorityName = Literal["high", "low"]
 PRIORITIES: dict[str, Priority] = {"high": Priority.HIGH, "low": Priority.LOW}
 DECODE_WEIGHT = 0.05
 """Weight of the newest picture in the running average of decoding time."""
-DECODE_NICENESS = 5
+DECODE_NICENESS = 3
 """Of decoding threads, above the process's own: they always have work under load, and whoever answers, refuses or feeds a device must
 not wait for their time slice to end."""
 
