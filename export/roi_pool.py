@@ -29,13 +29,14 @@ COARSE_STRIDE = 32
 
 
 def table_pooling(largest_side_px: int, stride: int, pool_size: int = 7) -> RoIPooling:
-    """A strategy for `FasterRCNN.pool`, exact for inputs whose sides are at most `largest_side_px`.
+    """A strategy for `FasterRCNN.pool`, exact for inputs whose sides are at most `largest_side_px`; see `largest_exact_side`.
+
+    The service sends nothing larger than the buckets that the manifest names; larger buckets in the configuration give a deeper table.
 
     Args:
         stride: of the one feature map.
     """
-    longest_bin = math.ceil(largest_side_px / stride / pool_size) + 2
-    depth = longest_bin.bit_length()
+    depth = table_depth(largest_side_px, stride, pool_size)
 
     def pool(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
         return _pool(features[0], rois, 1.0 / stride, config.pool_size, depth)
@@ -100,6 +101,20 @@ def _sampling(start: Tensor, end: Tensor, cells: int, config: RoIConfig) -> Tens
         near = at.clamp(min=0).minimum(grid[-1])[..., None]
         total = total + (1.0 - (near - grid).abs()).clamp(min=0) * (at <= cells).to(at.dtype)[..., None]
     return total / config.sampling_ratio
+
+
+def table_depth(largest_side_px: int, stride: int, pool_size: int) -> int:
+    """How often sides are doubled, so that two rectangles of the largest power of two cover the longest bin."""
+    return (math.ceil(largest_side_px / stride / pool_size) + 2).bit_length()
+
+
+def largest_exact_side(depth: int, stride: int, pool_size: int) -> int:
+    """Up to this many pixels along a side a table of this depth is exact; beyond, the middle cells of the longest bins would be missed.
+
+    A bin of a RoI of n cells spans up to ceil(n / pool_size) + 1 cells, a RoI up to one cell more than its map.
+    """
+    longest_bin = 1 << depth  # two rectangles of half of it
+    return ((longest_bin - 1) * pool_size - 1) * stride
 
 
 def _pool(feature: Tensor, rois: Tensor, scale: float, size: int, depth: int) -> Tensor:

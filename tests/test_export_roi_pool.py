@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 
-from export.roi_pool import _product_pooling, pool_by_products, products_pay, table_pooling
+from export.roi_pool import _product_pooling, largest_exact_side, pool_by_products, products_pay, table_depth, table_pooling
 from model import presets
 from model.config import RoIConfig
 from model.faster_rcnn import FasterRCNN
@@ -49,6 +49,21 @@ def test_table_equals_roi_pool(hw: tuple[int, int]) -> None:
     boxes = rois(hw)
     ours = table_pooling(1024, 16)([feature], boxes, hw, RoIConfig(pool="max"))
     assert torch.equal(ours, roi_pool(feature, with_index(boxes), 7, spatial_scale=1 / 16))
+
+
+@pytest.mark.parametrize("pool_size", [6, 7])
+@pytest.mark.parametrize("largest", [608, 1024, 1456, 1472, 2048])
+def test_table_is_exact_up_to_the_side_that_it_names_and_not_far_beyond(largest: int, pool_size: int) -> None:
+    pool = table_pooling(largest, 16, pool_size)
+    limit = largest_exact_side(table_depth(largest, 16, pool_size), 16, pool_size)
+    assert limit >= largest
+    for side, exact in ((largest, True), (limit // 32 * 32, True), (2 * limit, False)):
+        feature = torch.randn(1, 6, 4, side // 16, generator=torch.Generator().manual_seed(side))
+        starts = torch.arange(0.0, 120.0, 3.0)
+        boxes = torch.stack([starts, starts * 0, torch.full_like(starts, float(side)), starts * 0 + 64], dim=1)
+        indexed = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1)
+        ours = pool([feature], boxes[None], (64, side), RoIConfig(pool="max", pool_size=pool_size))
+        assert torch.equal(ours, roi_pool(feature, indexed, pool_size, spatial_scale=1 / 16)) == exact, (side, limit)
 
 
 def test_table_by_hand() -> None:
