@@ -54,6 +54,8 @@ DRAFT_MARGIN = 2
 """A scaled JPEG keeps at least this many times the target's sides, so that the resize that follows decides how it looks."""
 LEAST_REDUCTION = 2
 """Pillow drafts by 2, 4 or 8; the factors below 2 that libjpeg also has take longer than the whole picture."""
+MAX_PROGRESSIVE_PIXELS = 8_000_000
+"""Of a JPEG that may be tried twice, by libjpeg alone and then by Pillow: each of its scans is a pass over the whole picture."""
 
 _ORIENTED_BY = {"exif", "xmp"}
 """Parts of a JPEG's header that may turn it."""
@@ -203,8 +205,9 @@ def _decode_resized(data: bytes, image: Image.Image, target_hw: HW) -> tuple[Ima
     """Upright RGB of the wanted size, and the orientation that the file had."""
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         return _decode_any(image, target_hw, None)
+    large = image.width * image.height > MAX_PROGRESSIVE_PIXELS
     box = _draft(image, target_hw)
-    pixels = _decode_ordinary_jpeg(data, image)
+    pixels = None if large and "progressive" in image.info else _decode_ordinary_jpeg(data, image)
     if pixels is None:
         return _decode_any(image, target_hw, box)
     return _finish(resize(pixels, target_hw, box), image)
