@@ -1,13 +1,14 @@
 """A scripted incident, watched by a real Prometheus: `python -m benchmarks.incident --out FOLDER`.
 
-Calm, then many more requests than the device can answer, calm, a broken model version, a device whose memory is full, calm, a device
-that hangs and stays so when the service is started again, one that is lost until it is repaired, calm, a service that nobody starts again.
+Calm, then many more requests than the two devices can answer, calm, a broken model version, devices whose memory is full, calm, one of
+them lost, then the other hangs and both stay so when the service is started again, both lost until they are repaired, calm, a service
+that nobody starts again.
 Every alert of deploy/prometheus fires. Writes when (incident.json), the charts (incident.png) and every panel of the Grafana dashboard
 (incident_dashboard.png).
 
 The service, Prometheus, its rules and the supervisor are real. Simulated are the device's faults (benchmarks/incident_service.py) and
-the exporters of a GPU machine (benchmarks/incident_exporter.py). 28 minutes; with `--hold 0.1`, which shortens how long the rules
-want a fault to last, 12.
+the exporters of a GPU machine (benchmarks/incident_exporter.py). 30 minutes; with `--hold 0.1`, which shortens how long the rules
+want a fault to last, 14.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from service.auth import make_key
 CALM_S = 75.0
 """A window of a minute forgets the phase before."""
 WINDOW_S, MARGIN_S = 60.0, 30.0
-OVERLOAD_FOR_S, MEMORY_FOR_S, NOT_READY_FOR_S, DOWN_FOR_S = 600.0, 300.0, 120.0, 60.0
-"""How long the rules want these faults to last: DetectorSaturated, DeviceMemoryHigh, DetectorNotReady, DetectorDown."""
+OVERLOAD_FOR_S, MEMORY_FOR_S, DEVICE_LOST_FOR_S, NOT_READY_FOR_S, DOWN_FOR_S = 600.0, 300.0, 60.0, 120.0, 60.0
+"""How long the rules want these faults to last: DetectorSaturated, DeviceMemoryHigh, DetectorDeviceLost, DetectorNotReady, DetectorDown."""
 WATCHDOG_S = 60.0
 RESTART_S = 3.0
 """A supervisor waits this long before it starts the service again."""
@@ -46,6 +47,7 @@ FULL_MEMORY = 0.96
 SHADOW_SHARE = 0.2
 SETTINGS = {
     "provider": "cpu",
+    "device_ids": "0,1",
     "intra_op_threads": 1,
     "drain_seconds": 0,
     "canary_seconds": 5,
@@ -175,10 +177,13 @@ def perform(stage: Stage) -> None:
         stage.gpu.use(0.4)
         device.write_text("works")
         time.sleep(MARGIN_S)
-        story.phase("device hangs")
+        story.phase("one lost")
+        device.write_text("lost 1")
+        time.sleep(DEVICE_LOST_FOR_S * hold + MARGIN_S)
+        story.phase("other hangs")
         device.write_text("hang")
         time.sleep(WATCHDOG_S + WINDOW_S / 2 + NOT_READY_FOR_S * hold + 2 * MARGIN_S)
-        story.phase("device lost")
+        story.phase("both lost")
         device.write_text("lost")
         time.sleep(WINDOW_S + MARGIN_S)
         story.phase("repaired")
@@ -215,7 +220,9 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="model to serve (default: the bundled demo)")
     parser.add_argument("--calm", type=float, default=3.0, help="requests a second in calm times (default 3)")
     parser.add_argument("--overload", type=float, default=60.0, help="more of them during the overload (default 60)")
-    parser.add_argument("--image-ms", type=float, default=0.0, help="simulated device time on top of each image's inference (default 0)")
+    parser.add_argument(
+        "--image-ms", type=float, default=0.0, help="simulated time of a device on top of each image's inference (default 0)"
+    )
     parser.add_argument("--hold", type=float, default=1.0, help="factor on the rules' `for:` (default 1: as they are)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

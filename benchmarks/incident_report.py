@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import yaml
+from PIL import Image
 
 from benchmarks.live import ROOT, Prometheus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "detector.json"
 ALERTS = ROOT / "deploy" / "prometheus" / "rules" / "alerts.yml"
@@ -26,6 +28,7 @@ GAP_S = 5.0
 """Alerts that are silent no longer than this are one span."""
 GAP_STEPS = 3
 """A series without samples for so many steps was not there."""
+PALETTE = 64
 PANEL_COLUMNS = 4
 LEGEND_LINES = 7
 
@@ -182,8 +185,16 @@ def plot(story: Story, series: dict[str, Any], path: Path) -> None:
     for number, (name, at) in enumerate(story.phases):
         if not _is_calm(name):
             axes[0].annotate(name, (at - start, 1.02 + 0.09 * (number // 2 % 2)), xycoords=("data", "axes fraction"), fontsize=8)
-    figure.savefig(path, dpi=90)
+    _save(figure, path, dpi=90)
     plt.close(figure)
+
+
+def _save(figure: Figure, path: Path, *, dpi: int) -> None:
+    """With a palette: lines on white need no more colours, and the file half the bytes."""
+    figure.savefig(path, dpi=dpi)
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(PALETTE)
+    small.save(path, optimize=True)
 
 
 def _is_calm(phase: str) -> bool:
@@ -222,7 +233,7 @@ def plot_dashboard(story: Story, series: dict[str, Any], path: Path) -> None:
         DRAW.get(panel["kind"], _draw_lines)(axis, panel, start)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.savefig(path, dpi=70)
+    _save(figure, path, dpi=70)
     plt.close(figure)
 
 

@@ -1,8 +1,8 @@
 """The real service on a device that dies when a file says so: `python -m benchmarks.incident_service FILE IMAGE_MS`.
 
 Everything is the service's own, the runtime and the model too; only the moment at which the device hangs or is lost is chosen from
-outside: FILE holds `hang` (an inference never ends), `lost` (it raises, for good), `memory` (now and then there is none left for a
-batch) or anything else (it works).
+outside: FILE holds `hang` (an inference never ends), `lost` (it raises, for good), `lost NUMBER` (only that device does), `memory` (now
+and then there is none left for a batch) or anything else (it works).
 IMAGE_MS is added to each image, so that a small model stands for a larger one: then the device is full before the CPU is.
 """
 
@@ -31,8 +31,9 @@ RUNS_UNTIL_FULL = 5
 class MortalRuntime:
     """A runtime that asks a file whether its device lives."""
 
-    def __init__(self, inner: Runtime, state: Path, image_s: float) -> None:
+    def __init__(self, inner: Runtime, state: Path, image_s: float, device: int = 0) -> None:
         self._inner = inner
+        self._device = device
         self._image_s = image_s
         self._state = state
         self._runs = 0
@@ -47,7 +48,7 @@ class MortalRuntime:
         """The inner one's answer, if the device lives."""
         while self._word() == "hang":
             time.sleep(PERIOD_S)
-        if self._word() == "lost":
+        if self._word() in ("lost", f"lost {self._device}"):
             raise DeviceLost("the device fell off the bus (simulated)")
         self._runs += 1
         if self._word() == "memory" and self._runs % RUNS_UNTIL_FULL == 0:
@@ -70,7 +71,7 @@ def main() -> int:
 
     def open_mortal(**options: object) -> loading.OpenRuntime:
         open_runtime = usual(**options)
-        return lambda path, device: MortalRuntime(open_runtime(path, device), state, image_s)
+        return lambda path, device: MortalRuntime(open_runtime(path, device), state, image_s, device)
 
     app.open_onnx = open_mortal
     settings = load_settings()

@@ -49,6 +49,7 @@ SWITCHES = ROOT / "deploy" / "ray" / "serve.env"
 WORKERS = {
     "PYTHONPATH": str(ROOT),  # Ray's workers import from here
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # workers that nobody asked for, while Ray itself has to start in time
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts processes slowly
 }
 
@@ -161,7 +162,7 @@ def ray_cluster() -> Iterator[str]:
     port = free_port()
     for attempt in range(STARTS):
         try:
-            ray.init(num_cpus=8, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False)
+            ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False)
             break
         except Exception:
             ray.shutdown()

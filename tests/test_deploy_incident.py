@@ -33,6 +33,10 @@ def test_a_mortal_device_answers_until_its_file_says_otherwise(tmp_path: Path) -
     state.write_text("lost\n")
     with pytest.raises(DeviceLost):
         runtime.run(images, sizes_hw)
+    state.write_text("lost 1")
+    assert len(runtime.run(images, sizes_hw).boxes) == 2
+    with pytest.raises(DeviceLost):
+        MortalRuntime(FakeRuntime(), state, 0.0, device=1).run(images, sizes_hw)
     state.write_text("memory")
     outcomes = [_outcome(runtime, images, sizes_hw) for _ in range(RUNS_UNTIL_FULL)]
     assert sorted(outcomes) == ["answered"] * (RUNS_UNTIL_FULL - 1) + ["out of memory"]
