@@ -31,6 +31,7 @@ from model.faster_rcnn import FasterRCNN, build_detector
 from model.inference import predict
 from model.metrics.recall import proposal_recall
 from model.metrics.report import evaluate_detections
+from model.overrides import with_settings
 from model.paper_normal import head_normal, rpn_normal, speaking_normal
 from model.paper_progress import shown_progress
 from model.paper_proposals import ProposalOptions, rpn_proposals
@@ -40,7 +41,7 @@ from model.presets import PRESETS
 from model.processes import start_processes
 from model.random_state import seed_everything
 from model.run_folder import command_line, git_commit
-from model.train import INTERRUPTED, preset_values, with_settings
+from model.train import INTERRUPTED, preset_values
 from model.trainer import TrainingError
 from model.weights import WeightsError
 

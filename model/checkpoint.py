@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from model.config import DetectorConfig, config_from_dict, to_dict
 from model.faster_rcnn import FasterRCNN, build_detector
+from model.overrides import with_detector_settings
 
 FORMAT = 1
 
@@ -71,11 +73,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, settings: Sequence[str] = ()) -> Checkpoint:
     """Reads a checkpoint onto the CPU. No code from the file is run.
+
+    Args:
+        settings: KEY=VALUE changes of its configuration, see `model.overrides`.
 
     Raises:
         CheckpointError: no such file, not a checkpoint of this project, or of another version.
+        ValueError: a setting with an unknown key or a value that the configuration does not take.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; a training run writes best.pt and last.pt into its folder")
@@ -87,16 +93,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} holds no detector of this project; expected the keys format, detector, config, training")
     if content["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}, this version reads format {FORMAT}")
-    return Checkpoint(content["detector"], config_from_dict(content["config"]), content["training"], content.get("resume"))
+    config = with_detector_settings(config_from_dict(content["config"]), settings)
+    return Checkpoint(content["detector"], config, content["training"], content.get("resume"))
 
 
-def load_detector(path: Path) -> FasterRCNN:
+def load_detector(path: Path, settings: Sequence[str] = ()) -> FasterRCNN:
     """The detector of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, settings)
     detector = build_detector(checkpoint.config)
     try:
         detector.load_state_dict(checkpoint.detector)

@@ -18,6 +18,7 @@ from model.data.images import ImageError
 from model.data.records import DataError
 from model.evaluation import Evaluation, add_data_arguments, add_result_arguments, open_data, progress_bar, publish
 from model.inference import predict
+from model.overrides import add_detector_settings
 from model.processes import start_processes
 
 EXAMPLES = """examples:
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_arguments(parser, split="val")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures a batch; changes nothing but the speed (default: 4)")
     add_result_arguments(parser)
+    add_detector_settings(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads of the network (default: all)")
     return parser
@@ -54,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> Evaluation:
     """Runs the checkpoint over the data set."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    detector = load_detector(options.checkpoint).to(start_processes(options.device).device)
+    detector = load_detector(options.checkpoint, options.settings).to(start_processes(options.device).device)
     dataset = open_data(options, detector.config.class_names)
     started = time.perf_counter()
     with progress_bar(len(dataset), "evaluating") as progress:

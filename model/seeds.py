@@ -22,6 +22,7 @@ from model.data.records import DataError
 from model.evaluation import add_data_arguments, open_data, progress_bar
 from model.inference import predict
 from model.metrics.report import Report, evaluate_detections
+from model.overrides import add_detector_settings
 from model.processes import start_processes
 
 SHOWN = ("AP", "AP50", "AP75", "voc_ap50")
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="best.pt of each run")
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="folder of the data set")
     add_data_arguments(parser, split="test")
+    add_detector_settings(parser)
     parser.add_argument("--choose-on", metavar="SPLIT", help="also evaluate on this split, and name the checkpoint with the best AP there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -67,7 +69,7 @@ def compare_seeds(options: argparse.Namespace) -> dict[str, Any]:
     rows = [
         {"run": path.parent.name, "seed": _seed(path), **numbers(_evaluate(path, options, options.split))} for path in options.checkpoints
     ]
-    values: dict[str, Any] = {"split": options.split, "runs": rows, **mean_and_spread(rows)}
+    values: dict[str, Any] = {"split": options.split, "settings": options.settings, "runs": rows, **mean_and_spread(rows)}
     if options.choose_on:
         for row, path in zip(rows, options.checkpoints, strict=True):
             row[f"AP on {options.choose_on}"] = _evaluate(path, options, options.choose_on).ap
@@ -112,7 +114,7 @@ def _seed(path: Path) -> int | None:
 
 
 def _evaluate(path: Path, options: argparse.Namespace, split: str) -> Report:
-    detector = load_detector(path).to(start_processes(options.device).device)
+    detector = load_detector(path, options.settings).to(start_processes(options.device).device)
     chosen = argparse.Namespace(**{**vars(options), "split": split})
     dataset = open_data(chosen, detector.config.class_names)
     with progress_bar(len(dataset), f"{path.parent.name} on {split}") as progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from model.config import config_from_dict, to_dict
 from model.data.formats import READERS, open_dataset
 from model.data.records import DataError, DetectionSet
 from model.faster_rcnn import FasterRCNN, build_detector
+from model.overrides import with_settings
 from model.presets import PRESETS, Preset
 from model.processes import Processes, start_processes, stop_processes
 from model.random_state import seed_everything
@@ -152,29 +152,6 @@ def _with_preset(values: dict[str, Any], train_set: DetectionSet, settings: Sequ
 def preset_values(preset: Preset) -> dict[str, Any]:
     """A preset as plain values, which --set changes and config.json stores."""
     return {"detector": to_dict(preset.detector), "training": dataclasses.asdict(preset.training)}
-
-
-def with_settings(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Applies KEY=VALUE settings such as training.augment.vflip=0.5; values are JSON, or else text.
-
-    Raises:
-        ValueError: no such key, or no "=".
-    """
-    changed: dict[str, Any] = json.loads(json.dumps(values))
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        *parents, leaf = key.split(".")
-        section: Any = changed
-        for name in parents:
-            section = section.get(name) if isinstance(section, dict) else None
-        if not equals or not parents or parents[0] not in ("detector", "training") or not isinstance(section, dict) or leaf not in section:
-            known = ", ".join(sorted(section)) if isinstance(section, dict) and parents else "detector.* and training.*"
-            raise ValueError(f"--set {setting}: expected KEY=VALUE with a known key; known here: {known}")
-        try:
-            section[leaf] = json.loads(text)
-        except json.JSONDecodeError:
-            section[leaf] = text
-    return changed
 
 
 def _build_trainer(

@@ -10,8 +10,9 @@ import pytest
 from benchmarks.augmentation import VARIANTS, build_parser, main, settings_of
 from model.config import config_from_dict
 from model.data.synthetic import write_voc
+from model.overrides import with_settings
 from model.presets import PRESETS
-from model.train import preset_values, with_settings
+from model.train import preset_values
 from model.training import AugmentConfig, train_config_from_dict
 
 

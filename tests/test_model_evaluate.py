@@ -89,3 +89,12 @@ def test_mistakes_get_a_sentence(checkpoint: Path, tmp_path: Path, capsys: pytes
     annotation.write_text(annotation.read_text().replace("disc", "cube").replace("square", "cube").replace("triangle", "cube"))
     assert main([str(checkpoint), "--data", str(root)]) == 1
     assert "class 'cube' is not one of the classes" in capsys.readouterr().err
+
+
+def test_another_threshold_for_a_trained_detector(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_voc(tmp_path / "data", {"val": 2})
+    common = [str(checkpoint), "--data", str(root), "--threads", "1", "--device", "cpu", "--json", str(tmp_path / "a.json")]
+    assert main([*common, "--set", "detector.roi.score_thresh=0.999"]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["coco"]["AR_100"] == 0.0
+    assert main([*common, "--set", "detector.roi.nms=1"]) == 1
+    assert "nms_thresh" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 
 from model.checkpoint import load_checkpoint, load_detector
 from model.data.synthetic import write_voc
-from model.train import main, with_settings
+from model.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -230,11 +230,3 @@ def test_mistakes_get_a_sentence(
 def test_an_old_run_is_not_overwritten(data: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(data, whole_run)) == 1
     assert "--resume" in capsys.readouterr().err
-
-
-def test_settings_reach_nested_values_and_keep_types() -> None:
-    values = {"training": {"lr": 0.1, "augment": {"scale": [1.0, 1.0]}}, "detector": {"backbone": {"name": "a"}}}
-    changed = with_settings(values, ["training.augment.scale=[0.5,2]", "training.lr=3e-3", "detector.backbone.name=resnet50"])
-    assert changed["training"] == {"lr": 0.003, "augment": {"scale": [0.5, 2]}}
-    assert changed["detector"]["backbone"]["name"] == "resnet50"
-    assert values["training"]["lr"] == 0.1
