@@ -28,7 +28,7 @@ GAP_S = 5.0
 """Alerts that are silent no longer than this are one span."""
 GAP_STEPS = 3
 """A series without samples for so many steps was not there."""
-PALETTE = 64
+PALETTE = 256
 PANEL_COLUMNS = 4
 LEGEND_LINES = 7
 
