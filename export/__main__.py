@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-from PIL import Image, ImageOps
 from rich.console import Console
 
 from export import compare, inspect
+from export.accuracy import GateFailed
+from export.calibration import PICTURE_TYPES, calibration_files, picture_files, read_picture
 from export.card import CardFacts
 from export.console import wide_console
-from export.graph import OPSETS, ExportError, GraphOptions
-from export.job import GateFailed, Job, export
+from export.graph import DEFAULT_OPSET, OPSETS, ExportError, GraphOptions
+from export.job import Job, export
 from export.pictures import Picture
+from export.precision import FIRST_OPSET, KINDS
 from export.source import checkpoint_file
 from export.version import VersionExistsError
 from model.checkpoint import CheckpointError, load_checkpoint
@@ -34,6 +35,8 @@ EXAMPLES = """examples:
   python -m export runs/cells/best.pt --name blood-cells --repository model_repository --data VOC_FOLDER --split test
   python -m export torchvision:fasterrcnn_mobilenet_v3_large_320_fpn --name coco
   python -m export torchvision:fasterrcnn_resnet50_fpn --name coco --weights fasterrcnn_resnet50_fpn_coco.pth
+  python -m export runs/cells/best.pt --name blood-cells --precision fp16 --data VOC_FOLDER
+  python -m export runs/cells/best.pt --name blood-cells --precision int8 --calibrate VOC_FOLDER --data VOC_FOLDER
   python -m export inspect model_repository/blood-cells/1/model.onnx
   python -m export compare blood-cells@1 blood-cells@2 VOC_FOLDER --max-drop 0.5
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test
@@ -45,7 +48,6 @@ Exit status: 0 published, 1 an error, 2 a gate failed, 130 interrupted; in all b
 """
 KNOWN = (ExportError, CheckpointError, VersionExistsError, DataError, ImageError, ManifestError, RuntimeLoadError, OSError, ValueError)
 """What ends with one sentence instead of a traceback."""
-PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,11 +66,30 @@ def build_parser() -> argparse.ArgumentParser:
         default="onnx",
         help="onnx: NonMaxSuppression, fastest on CPUs; dense: matrix form without a host sync, for GPUs (default: onnx)",
     )
-    graph.add_argument("--opset", type=int, choices=OPSETS, default=OPSETS[0], help=f"ONNX operator set (default: {OPSETS[0]})")
+    graph.add_argument(
+        "--opset", type=int, choices=OPSETS, help=f"ONNX operator set (default: {DEFAULT_OPSET}; bf16: {FIRST_OPSET['bf16']})"
+    )
+    graph.add_argument(
+        "--precision",
+        choices=KINDS,
+        default="fp32",
+        help="fp16: for GPUs; int8: for CPUs with VNNI; bf16: for GPUs, exported on one; what stays in fp32 is in the card (default: fp32)",
+    )
+    int8 = parser.add_argument_group("int8")
+    int8.add_argument("--calibrate", type=Path, metavar="PATH", help="folder of pictures, or data set, to measure activations on")
+    int8.add_argument("--calibrate-split", default="train", help="the data set's split to calibrate on (default: train)")
+    int8.add_argument(
+        "--calibrate-pictures", type=_positive, default=64, metavar="N", help="this many, evenly spread over what is there (default: 64)"
+    )
     proof = parser.add_argument_group("proof")
     proof.add_argument("--pictures", type=Path, metavar="FOLDER", help="also verify on the pictures in this folder")
     proof.add_argument(
         "--data", type=Path, metavar="PATH", help="data set: AP of the file is held against the network's and goes into the card"
+    )
+    proof.add_argument(
+        "--allow-unmeasured",
+        action="store_true",
+        help="publish fp16, bf16 or int8 without --data; manifest and card say that it is unproven",
     )
     proof.add_argument("--format", choices=sorted(READERS), help="the data set's format; guessed if left out")
     proof.add_argument("--split", default="test", help="the data set's split (default: test)")
@@ -115,7 +136,9 @@ def _job(options: argparse.Namespace, command: str) -> Job:
         name=options.name,
         repository=options.repository,
         version=options.version,
-        graph=GraphOptions(nms=options.nms, opset=options.opset),
+        graph=GraphOptions(
+            nms=options.nms, opset=options.opset or max(DEFAULT_OPSET, FIRST_OPSET[options.precision]), precision=options.precision
+        ),
         facts=CardFacts(
             description=options.description,
             licence=options.licence,
@@ -125,6 +148,8 @@ def _job(options: argparse.Namespace, command: str) -> Job:
         ),
         pictures=_pictures(options.pictures) if options.pictures else (),
         dataset=_dataset(options) if options.data else None,
+        calibration=_calibration(options) if options.calibrate else (),
+        allow_unmeasured=options.allow_unmeasured,
         command=command,
         training_command=options.training_command,
     )
@@ -135,11 +160,25 @@ def _dataset(options: argparse.Namespace) -> DetectionSet:
     return open_dataset(options.data, options.split, data_format=options.format, class_names=names, skip_bad=options.skip_bad)
 
 
+def _calibration(options: argparse.Namespace) -> list[Path]:
+    if options.precision != "int8":
+        raise ValueError(f"--calibrate belongs to --precision int8, not {options.precision}")
+    names = load_checkpoint(options.checkpoint).config.class_names
+    return calibration_files(
+        options.calibrate,
+        options.calibrate_pictures,
+        split=options.calibrate_split,
+        data_format=options.format,
+        class_names=names,
+        skip_bad=options.skip_bad,
+    )
+
+
 def _pictures(folder: Path) -> list[Picture]:
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_TYPES)
+    paths = picture_files(folder)
     if not paths:
         raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_TYPES))}) in {folder}")
-    return [np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in paths]
+    return [read_picture(path) for path in paths]
 
 
 def _positive(text: str) -> int:

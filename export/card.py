@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from export.precision import described
+from export.report import accuracy_in_words
 from service.manifest import Manifest
 
 WEAK_AP50 = 0.75
@@ -42,7 +44,8 @@ def model_card(manifest: Manifest, facts: CardFacts, metrics: Mapping[str, Any],
         "Network": f"Faster R-CNN, {manifest.architecture}",
         "Input": f"short side {spec.short_side}, long side at most {spec.long_side}; padded to "
         + ", ".join(f"{height}x{width}" for height, width in spec.buckets),
-        "File": f"{file_bytes / 1e6:.1f} MB, opset {manifest.opset}, {manifest.precision.default}, NMS: {manifest.nms}",
+        "File": f"{file_bytes / 1e6:.1f} MB, opset {manifest.opset}, NMS: {manifest.nms}",
+        "Precision": _precision(manifest),
         "Trained on": training.dataset,
         "Data licence": facts.data_licence or "not stated; ask whoever trained it",
         "Weights' licence": facts.licence or "not stated; ask whoever trained it",
@@ -77,6 +80,13 @@ def _accuracy(metrics: Mapping[str, Any]) -> str:
     for name, row in metrics["per_class"].items():
         lines.append(f"| {name} | {_number(row['AP'])} | {_number(row['AP50'])} | {_number(row['voc_ap50'])} | {row['ground_truth']} |")
     return head + "\n\n" + "\n".join(lines)
+
+
+def _precision(manifest: Manifest) -> str:
+    plan, accuracy = described(manifest.precision), manifest.parity.get("accuracy")
+    if "calibration_pictures" in manifest.parity:
+        plan += f"; calibrated on {manifest.parity['calibration_pictures']} pictures"
+    return plan if accuracy is None else f"{plan}. {accuracy_in_words(accuracy)}"
 
 
 def _failures(facts: CardFacts, metrics: Mapping[str, Any]) -> str:

@@ -16,7 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from export.console import wide_console
+from export.precision import described
 from export.profiling import NodeRun, profile
+from export.report import accuracy_in_words
 from service.manifest import METADATA_KEY, Bucket, Manifest, parse_manifest
 
 PARTS = ("backbone", "fpn", "rpn", "head")
@@ -110,12 +112,11 @@ def show(path: Path, console: Console) -> None:
 
 def _facts(manifest: Manifest, path: Path, model: onnx.ModelProto) -> Table:
     spec, parity = manifest.input, manifest.parity
-    islands = f", fp32 kept in {', '.join(manifest.precision.islands)}" if manifest.precision.islands else ""
     rows = {
         "model": f"{manifest.name}, version {manifest.version}, {manifest.architecture}",
         "classes": ", ".join(f"{label} {name}" for label, name in enumerate(manifest.class_names, start=1)),
         "file": f"{path.stat().st_size / 1e6:.1f} MB, {len(model.graph.node)} nodes, opset {manifest.opset}, NMS: {manifest.nms}",
-        "precision": manifest.precision.default + islands,
+        "precision": described(manifest.precision),
         "input": f"short side {spec.short_side}, long side at most {spec.long_side}, {spec.interpolation}",
         "trained": f"{manifest.training.dataset}; {manifest.training.command}; commit {manifest.training.commit or 'unknown'}",
         "exported": f"{manifest.created:%Y-%m-%d %H:%M} UTC by {model.producer_name}",
@@ -123,6 +124,7 @@ def _facts(manifest: Manifest, path: Path, model: onnx.ModelProto) -> Table:
             f"{key} {parity[key]}" for key in ("passed", "matched", "missed", "extra", "max_box_px", "max_score") if key in parity
         )
         or "not recorded",
+        "accuracy": accuracy_in_words(parity.get("accuracy")),
         "golden images": f"{len(manifest.golden)}, {sum(len(golden.detections) for golden in manifest.golden)} detections",
     }
     table = Table(show_header=False)

@@ -8,32 +8,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import onnx
 from rich.console import Console
+from rich.progress import Progress
 
+from export.accuracy import GateFailed, compare_accuracy, unmeasured
+from export.calibration import calibrate, read_pictures
 from export.card import CardFacts, model_card
-from export.evaluate import evaluate_file
 from export.golden import golden_images
-from export.graph import GraphOptions, build_graph, save
+from export.graph import ExportError, GraphOptions, build_graph, graph_problems, save
 from export.pictures import Picture
+from export.precision import MAX_AP_DROP, recorded
+from export.quantize import chosen_nodes, quantise
 from export.report import markdown, table
 from export.triton import triton_config
-from export.verify import Gates, Report, verify
+from export.verify import FREE, Gates, Report, verify
 from export.version import check_free, next_version, publish, sha256, staged
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.config import DetectorConfig
 from model.data.records import DetectionSet
 from model.faster_rcnn import FasterRCNN, build_detector
-from model.inference import predict
-from model.metrics.report import evaluate_detections
 from service.manifest import GoldenImage, InputSpec, Manifest, Training
-from service.runtime import OnnxRuntime
-
-AP_GATE = 0.005
-PADDING_AP_GATE = 0.001
-
-
-class GateFailed(RuntimeError):
-    """The file does not answer as the network does; no version was written."""
+from service.runtime import OnnxRuntime, provider_candidates
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,10 @@ class Job:
     Attributes:
         version: None takes the next free number.
         pictures: further RGB pictures to verify on.
-        dataset: measures AP of both sides on it, and holds them against each other.
+        gates: of the comparison with eager PyTorch; None takes those of the precision.
+        dataset: measures AP of both sides on it, and holds them against each other; below fp32 it decides.
+        calibration: files of pictures for int8.
+        allow_unmeasured: publish a precision below fp32 without a data set; the manifest says so.
         command: as the user typed it.
         training_command: stands for the checkpoint's own, where given.
     """
@@ -54,11 +53,18 @@ class Job:
     version: int | None = None
     graph: GraphOptions = field(default_factory=GraphOptions)
     facts: CardFacts = field(default_factory=CardFacts)
-    gates: Gates = field(default_factory=Gates)
+    gates: Gates | None = None
     pictures: Sequence[Picture] = ()
     dataset: DetectionSet | None = None
+    calibration: Sequence[Path] = ()
+    allow_unmeasured: bool = False
     command: str = "python -m export"
     training_command: str = ""
+
+    @property
+    def provider(self) -> str:
+        """Where the file is verified: the CPU runs every precision but bf16."""
+        return "cuda" if self.graph.precision == "bf16" else "cpu"
 
 
 def export(job: Job, console: Console) -> Path:
@@ -71,6 +77,7 @@ def export(job: Job, console: Console) -> Path:
         GateFailed: too large a difference; nothing was left behind.
         ExportError, CheckpointError, VersionExistsError, ValueError: sentences for the user.
     """
+    check_request(job)
     version = job.version or next_version(job.repository, job.name)
     target = check_free(job.repository, job.name, version)
     checkpoint = load_checkpoint(job.checkpoint)
@@ -78,8 +85,13 @@ def export(job: Job, console: Console) -> Path:
     manifest = first_manifest(job, checkpoint, version)
     with staged(job.repository) as folder:
         path = folder / "model.onnx"
-        console.print(f"tracing {checkpoint.config.architecture} (opset {job.graph.opset}, NMS: {job.graph.nms}); a minute or so")
-        model = build_graph(detector, job.graph)
+        graph = job.graph
+        console.print(
+            f"tracing {checkpoint.config.architecture} (opset {graph.opset}, NMS: {graph.nms}, {graph.precision}); a minute or so"
+        )
+        model = build_graph(detector, graph)
+        if graph.precision == "int8":
+            model = to_int8(model, job, manifest.input, console)
         save(model, manifest, path)
         console.print(f"graph: {len(model.graph.node)} nodes, {path.stat().st_size / 1e6:.1f} MB")
         report, parity, metrics, golden = prove(job, detector, path, checkpoint.training.get("metrics") or {}, console)
@@ -87,12 +99,45 @@ def export(job: Job, console: Console) -> Path:
         training = manifest.training.model_copy(update=metrics_for_manifest)
         manifest = manifest.model_copy(update={"parity": parity, "golden": golden, "training": training})
         save(model, manifest, path)
-        OnnxRuntime(path, provider="cpu").close()  # the final bytes, through the door that the service uses
+        OnnxRuntime(path, provider=job.provider).close()  # the final bytes, through the door that the service uses
         write_companions(folder, manifest, report, job, metrics)
         digest = sha256(path)
         publish(folder, target)
     console.print(f"published {target}\nsha256 {digest}  model.onnx", highlight=False)
     return target
+
+
+def check_request(job: Job) -> None:
+    """Refuse before any work what could not be proven in the end.
+
+    Raises:
+        ExportError, ProviderMissing: with what is missing.
+    """
+    kind = job.graph.precision
+    if kind == "fp32":
+        return
+    if kind == "int8" and not job.calibration:
+        raise ExportError("int8 needs pictures like those it will see, to measure its ranges on: --calibrate FOLDER_OR_DATASET")
+    if job.dataset is None and not job.allow_unmeasured:
+        raise ExportError(
+            f"{kind} may cost at most {100 * MAX_AP_DROP[kind]:g} points of AP, which only a data set can show: give --data PATH "
+            "(and --split), or publish it unproven with --allow-unmeasured"
+        )
+    provider_candidates(job.provider)
+
+
+def to_int8(model: onnx.ModelProto, job: Job, spec: InputSpec, console: Console) -> onnx.ModelProto:
+    """The traced graph, calibrated and quantised."""
+    nodes = chosen_nodes(model)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("calibrating", total=len(job.calibration))
+        ranges = calibrate(model, nodes, read_pictures(job.calibration), spec, progress=lambda done: bar.update(task, completed=done))
+    console.print(f"quantising {len(nodes)} nodes, calibrated on {ranges.pictures} pictures")
+    quantised = quantise(model, nodes, ranges)
+    problems = graph_problems(quantised)
+    if problems:
+        raise ExportError("; ".join(problems))
+    return quantised
 
 
 def restore(checkpoint: Checkpoint) -> FasterRCNN:
@@ -113,6 +158,7 @@ def first_manifest(job: Job, checkpoint: Checkpoint, version: int) -> Manifest:
         score_floor=config.roi.score_thresh,
         detections_per_image=config.roi.detections_per_image,
         architecture=config.architecture,
+        precision=recorded(job.graph.precision),
         opset=job.graph.opset,
         nms=job.graph.nms,
         training=Training(
@@ -138,54 +184,33 @@ def prove(
     Raises:
         GateFailed: with every broken gate.
     """
-    runtime = OnnxRuntime(path, provider="cpu")
+    kind = job.graph.precision
+    gates = job.gates or (Gates() if kind == "fp32" else FREE)
+    runtime = OnnxRuntime(path, provider=job.provider)
     try:
         console.print("comparing with eager PyTorch, case by case")
         with console.status("") as status:  # on a terminal alone
-            report = verify(detector, runtime, gates=job.gates, extra_pictures=job.pictures, progress=status.update)
+            report = verify(detector, runtime, gates=gates, extra_pictures=job.pictures, progress=status.update)
         console.print(table(report))
         if report.failures:
             raise GateFailed("\n".join(report.failures))
         parity, metrics = report.summary(), known_metrics
         if job.dataset is not None:
-            accuracy, metrics = compare_accuracy(detector, runtime, job.dataset, console)
-            parity["accuracy"] = accuracy
+            parity["accuracy"], metrics = compare_accuracy(detector, runtime, job.dataset, console, kind)
+        elif kind != "fp32":
+            parity["accuracy"], metrics = unmeasured(kind), {}  # the checkpoint's own figures are those of fp32
+        if kind == "int8":
+            parity["calibration_pictures"] = len(job.calibration)
         return report, parity, metrics, golden_images(runtime)
     finally:
         runtime.close()
-
-
-def compare_accuracy(
-    detector: FasterRCNN, runtime: OnnxRuntime, dataset: DetectionSet, console: Console
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """AP of the file, of the network, and of the file without the bucket's padding, held against each other.
-
-    Returns:
-        The numbers for the manifest, and the file's whole report as plain values.
-
-    Raises:
-        GateFailed: they differ by more than they may.
-    """
-    console.print(f"measuring AP on {dataset.name}, {len(dataset)} pictures, three times")
-    mine = evaluate_file(runtime, dataset)
-    reference = evaluate_detections(dataset, predict(detector, dataset, batch_size=1))
-    tight = evaluate_file(runtime, dataset, exact_padding=True)
-    pairs = {"ap": (mine.ap, reference.ap, tight.ap), "voc_ap50": (mine.voc_ap50, reference.voc_ap50, tight.voc_ap50)}
-    for name, (file, network, exact) in pairs.items():
-        console.print(f"{name}: file {file:.4f}, network {network:.4f}, file with exact padding {exact:.4f}")
-        if abs(file - network) > AP_GATE:
-            raise GateFailed(f"{name} of the file is {file:.4f}, of the network {network:.4f}; they may differ by {AP_GATE}")
-    if abs(mine.ap - tight.ap) > PADDING_AP_GATE:
-        console.print(f"[yellow]padding to buckets moves AP by {abs(mine.ap - tight.ap):.4f}, aimed at {PADDING_AP_GATE}[/yellow]")
-    numbers = {name: {"file": file, "network": network, "exact_padding": exact} for name, (file, network, exact) in pairs.items()}
-    return {"dataset": dataset.name, "pictures": len(dataset), **numbers}, mine.to_dict()
 
 
 def write_companions(folder: Path, manifest: Manifest, report: Report, job: Job, metrics: Mapping[str, Any]) -> None:
     """Model card, verification report and Triton's configuration."""
     size = (folder / "model.onnx").stat().st_size
     (folder / "README.md").write_text(model_card(manifest, job.facts, metrics, job.command, size))
-    (folder / "parity.md").write_text(markdown(report))
+    (folder / "parity.md").write_text(markdown(report, manifest.parity.get("accuracy")))
     (folder / "config.pbtxt").write_text(triton_config(manifest))
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.table import Table
 
-from export.verify import CaseResult, Report
+from export.verify import FREE, CaseResult, Gates, Report
 
 COLUMNS = ("case", "bucket", "batch", "detections", "matched", "missed", "extra", "box px", "score", "top alone", "undecided")
 
 
 def table(report: Report) -> Table:
     """One row a case, one for all, as rich draws it."""
-    gates = report.gates
     drawn = Table(
         title=f"ONNX against {report.reference}",
-        caption=f"gates: {gates.box_px:g} px, {gates.score:g} score, no unmatched box above {gates.unmatched_score:g}",
+        caption=_gates_in_words(report.gates),
     )
     for index, name in enumerate(COLUMNS):
         drawn.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
@@ -25,14 +27,17 @@ def table(report: Report) -> Table:
     return drawn
 
 
-def markdown(report: Report) -> str:
-    """The same table in Markdown, with the verdict."""
-    gates = report.gates
+def markdown(report: Report, accuracy: Mapping[str, Any] | None = None) -> str:
+    """The same table in Markdown, with the verdict.
+
+    Args:
+        accuracy: as the manifest's parity keeps it, where AP was measured or should have been.
+    """
     lines = [
         f"# Verification against {report.reference}",
         "",
         "Both sides got the same pixels, through the service's own preprocessing and runtime. None of these shapes was traced.",
-        f"Gates: boxes {gates.box_px:g} px, scores {gates.score:g}, no unmatched box above score {gates.unmatched_score:g}. "
+        f"{_gates_in_words(report.gates).capitalize()}. "
         + ("All hold." if not report.failures else "Broken: " + "; ".join(report.failures) + "."),
         "",
         "| " + " | ".join(COLUMNS) + " |",
@@ -44,7 +49,40 @@ def markdown(report: Report) -> str:
         "",
         "Undecided: detections that rounding alone decides, shown by eager PyTorch with its weights changed in their last digits.",
     ]
+    if accuracy is not None:
+        lines += ["", "## Accuracy on real pictures", "", accuracy_in_words(accuracy), *_accuracy_table(accuracy)]
     return "\n".join(lines) + "\n"
+
+
+def accuracy_in_words(accuracy: Mapping[str, Any] | None) -> str:
+    """What became of the accuracy gate, in one sentence."""
+    if accuracy is None:
+        return "AP was not measured at export."
+    if not accuracy.get("checked", True):
+        return f"Not checked: {accuracy['reason']}"
+    ap = accuracy["ap"]
+    sentence = (
+        f"AP {ap['file']:.4f}, of the network in fp32 {ap['network']:.4f}, on {accuracy['dataset']} ({accuracy['pictures']} pictures)"
+    )
+    if "max_ap_drop" in accuracy:
+        sentence += f": drop {100 * accuracy['ap_drop']:.2f} points, allowed {100 * accuracy['max_ap_drop']:g}"
+    return sentence + "."
+
+
+def _accuracy_table(accuracy: Mapping[str, Any]) -> list[str]:
+    if not accuracy.get("checked", True):
+        return []
+    lines = ["", "| | file | network in fp32 | file, exact padding |", "|---|--:|--:|--:|"]
+    for name in ("ap", "voc_ap50"):
+        values = accuracy[name]
+        lines.append(f"| {name} | {values['file']:.4f} | {values['network']:.4f} | {values['exact_padding']:.4f} |")
+    return lines
+
+
+def _gates_in_words(gates: Gates) -> str:
+    if gates == FREE:
+        return "gates: the contract in every case; distances are shown, AP on real pictures is gated"
+    return f"gates: boxes {gates.box_px:g} px, scores {gates.score:g}, no unmatched box above score {gates.unmatched_score:g}"
 
 
 def _cells(row: CaseResult) -> list[str]:
