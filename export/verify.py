@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export import pictures
 from export.agreement import Tally, answer_of, compare
 from export.pictures import Picture
-from export.stability import ROUNDS, judge, shaken
+from export.stability import judge, rivals_of
 from model.faster_rcnn import FasterRCNN
 from service.images import Prepared, assemble, prepare_pixels
 from service.manifest import Bucket, InputSpec, Manifest
@@ -228,9 +228,9 @@ def _against_eager(detector: FasterRCNN, runtime: Runtime, case: Case, gates: Ga
     row = _row(case.name, images, sizes_hw, reference, runtime)
     if row.problems or not shake or not _is_broken(row, gates):
         return row
-    # the weights' last digits are shaken only where a difference shows: it costs some more passes through the network
+    # rivals are asked only where a difference shows: it costs some more passes through the network
     answer = runtime.run(images, sizes_hw)
-    rivals = [eager(shaken(detector, seed), images, sizes_hw) for seed in range(ROUNDS)]
+    rivals = [eager(rival, images, sizes_hw) for rival in rivals_of(detector)]
     limit = runtime.manifest.detections_per_image
     judged = [
         judge(
