@@ -37,8 +37,7 @@ def markdown(report: Report, accuracy: Mapping[str, Any] | None = None) -> str:
         f"# Verification against {report.reference}",
         "",
         "Both sides got the same pixels, through the service's own preprocessing and runtime. None of these shapes was traced.",
-        f"G{_gates_in_words(report.gates)[1:]}. "
-        + ("All hold." if not report.failures else "Broken: " + "; ".join(report.failures) + "."),
+        f"G{_gates_in_words(report.gates)[1:]}. " + ("All hold." if not report.failures else "Broken: " + "; ".join(report.failures) + "."),
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" + "|--:" * (len(COLUMNS) - 1) + "|",
