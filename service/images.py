@@ -6,7 +6,7 @@ Input frame: the resized picture, padded right and bottom. Original frame: the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,8 +122,13 @@ def choose_bucket(hw: tuple[int, int], spec: InputSpec) -> Bucket:
     return min(fitting, key=lambda bucket: bucket[0] * bucket[1])
 
 
-def assemble(batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def assemble(
+    batch: Sequence[Prepared], allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Join pictures of one bucket, padded right and bottom with zeros.
+
+    Args:
+        allocate: gives an array of a shape, with anything in it; None makes a new one.
 
     Returns:
         images uint8 [B, H, W, 3], image_sizes_hw int64 [B, 2].
@@ -135,7 +140,8 @@ def assemble(batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.i
     if len(buckets) != 1:
         raise ValueError(f"a batch holds pictures of one bucket, got {sorted(buckets) or 'no picture'}")
     height, width = buckets.pop()
-    images = np.empty((len(batch), height, width, 3), dtype=np.uint8)
+    shape = (len(batch), height, width, 3)
+    images = allocate(shape) if allocate is not None else np.empty(shape, dtype=np.uint8)
     for row, prepared in zip(images, batch, strict=True):
         h, w, _ = prepared.pixels.shape
         row[:h, :w] = prepared.pixels

@@ -17,7 +17,7 @@ from service.errors import InferenceFailed
 from service.images import Prepared, assemble
 from service.loading import LoadedVersion
 from service.metrics import Metrics
-from service.runtime import Detections
+from service.runtime import Detections, OnnxRuntime
 from service.scheduler import Run
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,10 @@ def make_run(loaded: LoadedVersion, metrics: Metrics) -> Run:
 
     def run(device: int, items: Sequence[Prepared]) -> list[ImageDetections | InferenceFailed]:
         started = time.perf_counter()
-        images, image_sizes_hw = assemble(items)
+        runtime = loaded.runtimes[device]
+        images, image_sizes_hw = assemble(items, runtime.input_buffer if isinstance(runtime, OnnxRuntime) else None)
         assembled = time.perf_counter()
-        detections = loaded.runtimes[device].run(images, image_sizes_hw)
+        detections = runtime.run(images, image_sizes_hw)
         metrics.stage_seconds["assemble"].observe(assembled - started)
         metrics.stage_seconds["infer"].observe(time.perf_counter() - assembled)
         metrics.batch_padding_ratio.observe(1.0 - float(image_sizes_hw.prod(axis=1).sum()) / (images.size / 3))
