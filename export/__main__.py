@@ -12,7 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from export import compare, inspect
+from export import compare, engines, inspect
 from export.accuracy import GateFailed
 from export.calibration import PICTURE_TYPES, calibration_files, picture_files, read_picture
 from export.card import CardFacts
@@ -41,6 +41,7 @@ EXAMPLES = """examples:
   python -m export compare blood-cells@1 blood-cells@2 VOC_FOLDER --max-drop 0.5
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test
   python -m export.audit model_repository/blood-cells/1/model.onnx --provider cpu
+  python -m export build-engines model_repository/blood-cells/1 --device 0 --max-batch 16
 
 The version folder holds model.onnx (manifest and golden images inside), README.md (model card), parity.md (verification report) and
 config.pbtxt (for Triton). It appears in one step after every gate has held; versions are numbered and never overwritten.
@@ -110,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return inspect.main(given[1:])
     if given and given[0] == "compare":
         return compare.main(given[1:])
+    if given and given[0] == "build-engines":
+        return engines.main(given[1:])
     options = build_parser().parse_args(given)
     console, errors = wide_console(), Console(stderr=True, soft_wrap=True)
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
