@@ -27,6 +27,7 @@ from model.checkpoint import CheckpointError, load_checkpoint
 from model.data.formats import READERS, open_dataset
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet
+from model.overrides import add_detector_settings
 from service.manifest import ManifestError
 from service.runtime import RuntimeLoadError
 
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", required=True, help="model's name: lower case letters, digits, '.', '_', '-'")
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="model repository (default: model_repository)")
     parser.add_argument("--version", type=_positive, help="version number (default: the next free one)")
+    add_detector_settings(parser)
     graph = parser.add_argument_group("graph")
     graph.add_argument(
         "--nms",
@@ -139,6 +141,7 @@ def _job(options: argparse.Namespace, command: str) -> Job:
         name=options.name,
         repository=options.repository,
         version=options.version,
+        settings=options.settings,
         graph=GraphOptions(
             nms=options.nms, opset=options.opset or max(DEFAULT_OPSET, FIRST_OPSET[options.precision]), precision=options.precision
         ),

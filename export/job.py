@@ -24,10 +24,10 @@ from export.report import markdown, table
 from export.triton import triton_config
 from export.verify import FREE, Gates, Report, verify
 from export.version import check_free, next_version, publish, sha256, staged
-from model.checkpoint import Checkpoint, load_checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint, restore_detector
 from model.config import DetectorConfig
 from model.data.records import DetectionSet
-from model.faster_rcnn import FasterRCNN, build_detector
+from model.faster_rcnn import FasterRCNN
 from service.manifest import GoldenImage, InputSpec, Manifest, Training
 from service.runtime import OnnxRuntime, provider_candidates
 
@@ -38,6 +38,7 @@ class Job:
 
     Attributes:
         version: None takes the next free number.
+        settings: KEY=VALUE changes of the checkpoint's configuration, such as detector.roi.nms_thresh=0.6.
         pictures: further RGB pictures to verify on.
         gates: of the comparison with eager PyTorch; None takes those of the precision.
         dataset: measures AP of both sides on it, and holds them against each other; below fp32 it decides.
@@ -51,6 +52,7 @@ class Job:
     name: str
     repository: Path
     version: int | None = None
+    settings: Sequence[str] = ()
     graph: GraphOptions = field(default_factory=GraphOptions)
     facts: CardFacts = field(default_factory=CardFacts)
     gates: Gates | None = None
@@ -80,8 +82,8 @@ def export(job: Job, console: Console) -> Path:
     check_request(job)
     version = job.version or next_version(job.repository, job.name)
     target = check_free(job.repository, job.name, version)
-    checkpoint = load_checkpoint(job.checkpoint)
-    detector = restore(checkpoint)
+    checkpoint = load_checkpoint(job.checkpoint, job.settings)
+    detector = restore_detector(checkpoint, str(job.checkpoint))
     manifest = first_manifest(job, checkpoint, version)
     with staged(job.repository) as folder:
         path = folder / "model.onnx"
@@ -138,13 +140,6 @@ def to_int8(model: onnx.ModelProto, job: Job, spec: InputSpec, console: Console)
     if problems:
         raise ExportError("; ".join(problems))
     return quantised
-
-
-def restore(checkpoint: Checkpoint) -> FasterRCNN:
-    """The checkpoint's detector in eval mode, on the CPU."""
-    detector = build_detector(checkpoint.config)
-    detector.load_state_dict(checkpoint.detector)
-    return detector.eval()
 
 
 def first_manifest(job: Job, checkpoint: Checkpoint, version: int) -> Manifest:

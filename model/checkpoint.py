@@ -103,12 +103,20 @@ def load_detector(path: Path, settings: Sequence[str] = ()) -> FasterRCNN:
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
-    checkpoint = load_checkpoint(path, settings)
+    return restore_detector(load_checkpoint(path, settings), str(path))
+
+
+def restore_detector(checkpoint: Checkpoint, source: str) -> FasterRCNN:
+    """The same for a checkpoint that was read already; `source` names it in errors.
+
+    Raises:
+        CheckpointError: its weights belong to another network.
+    """
     detector = build_detector(checkpoint.config)
     try:
         detector.load_state_dict(checkpoint.detector)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} does not fit this version's network, which names or shapes its layers differently: {error}"
+            f"{source} does not fit this version's network, which names or shapes its layers differently: {error}"
         ) from error
     return detector.eval()

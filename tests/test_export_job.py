@@ -138,6 +138,24 @@ def test_missing_checkpoint_is_a_sentence(tmp_path: Path, capsys: pytest.Capture
     assert left_behind(tmp_path / "models") == []
 
 
+def test_weights_of_another_network_are_a_sentence(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [str(exported.checkpoint), "--name", "tiny", "--repository", str(tmp_path / "models")]
+    assert main([*common, "--set", "detector.roi.hidden=8"]) == 1
+    assert "does not fit this version's network" in capsys.readouterr().err
+    assert main([*common, "--set", "detector.roi.nms=0.6"]) == 1
+    assert "nms_thresh" in capsys.readouterr().err
+    assert left_behind(tmp_path / "models") == []
+
+
+def test_a_threshold_may_be_chosen_at_export(exported: Exported, tmp_path: Path) -> None:
+    folder = export(
+        Job(checkpoint=exported.checkpoint, name="tiny", repository=tmp_path, settings=["detector.roi.score_thresh=0.1"]), quiet()
+    )
+    runtime = OnnxRuntime(folder / "model.onnx", provider="cpu")
+    assert runtime.manifest.score_floor == 0.1
+    runtime.close()
+
+
 def test_bad_name_is_refused_before_any_work(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(exported.checkpoint), "--name", "../evil", "--repository", str(tmp_path / "models")]) == 1
     assert "name" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import nn
 
 from export import pictures
-from export.job import Job, export, restore
+from export.job import Job, export
 from model.backbones.frozen_norm import NormalisedConv2d
-from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from model.checkpoint import Checkpoint, load_detector, save_checkpoint
 from model.config import AnchorConfig, BackboneConfig, DetectorConfig, InputConfig, RoIConfig, RPNConfig
 from model.faster_rcnn import FasterRCNN, build_detector
 
@@ -125,4 +125,4 @@ def export_tiny(folder: Path) -> Exported:
     log = io.StringIO()
     job = Job(checkpoint=checkpoint, name="tiny", repository=folder / "repository", command="python -m export best.pt --name tiny")
     target = export(job, Console(file=log, width=150))
-    return Exported(target, checkpoint, restore(load_checkpoint(checkpoint)), log.getvalue())
+    return Exported(target, checkpoint, load_detector(checkpoint), log.getvalue())
