@@ -67,7 +67,7 @@ def mobilenet_v2_fpn(class_names: ClassNames) -> Preset:
 
     On BCCD (205 photographs, `--skip-bad --set training.amp=bf16 --set training.augment.vflip=0.5 --set training.augment.rot90=0.5
     --set training.validate_every=3`): 20 minutes on one core of an AMD EPYC; over three seeds test AP 0.633 +- 0.004, AP50 0.928 +- 0.003
-    with `--set detector.roi.nms_thresh=0.6`, as `benchmarks/results/demo_seeds.json` has it. The demo model is the run that was best on val.
+    with `--set detector.roi.nms_thresh=0.6`, as `benchmarks/results/demo_seeds.json` has it. The demo model was best on val.
     """
     detector = DetectorConfig(
         class_names=class_names,
