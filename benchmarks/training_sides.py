@@ -11,6 +11,7 @@ import contextlib
 import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.torchvision_twin import check_twin, torchvision_twin
 from model.config import DetectorConfig
 from model.data.formats import open_dataset
-from model.data.images import pad_batch, read_rgb
+from model.data.images import pad_batch, padded_hw, read_rgb, resized_hw
 from model.data.loader import training_batches
 from model.data.records import DetectionSet
 from model.faster_rcnn import build_detector
@@ -96,7 +98,7 @@ def serve_side(side: str, task: Task, connection: Connection) -> None:
         raise
 
 
-class _Side:
+class _Side(ABC):
     """Shared: timing, memory, and eager inference of one batch."""
 
     def __init__(self, task: Task) -> None:
@@ -128,7 +130,10 @@ class _Side:
     @torch.inference_mode()
     def infer(self, pictures: int) -> float:
         """Seconds of one batch, pictures already in memory in the form that the side takes."""
-        ready = self.inputs([read_rgb(record.path) for record in self.dataset.records[:pictures]])
+        frame = self.config.input
+        records = self.dataset.records[:pictures]
+        sizes = [resized_hw(record.size_hw, frame.short_side, frame.long_side) for record in records]
+        ready = self.inputs([read_rgb(record.path, size_hw=size) for record, size in zip(records, sizes, strict=True)])
         started = time.perf_counter()
         self.detect(ready)
         if self.device.type == "cuda":
@@ -137,17 +142,21 @@ class _Side:
 
     parameters: int
 
+    @abstractmethod
     def batches(self) -> Iterator[Any]:
-        raise NotImplementedError
+        """Batches without end, in the form that `step` takes."""
 
+    @abstractmethod
     def step(self, batch: Any) -> float:
-        raise NotImplementedError
+        """One optimizer step; returns the loss."""
 
-    def inputs(self, pictures: list[np.ndarray[Any, Any]]) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def inputs(self, sized: list[NDArray[np.uint8]]) -> Any:
+        """Resized pictures in the form that the side takes, on the device."""
 
+    @abstractmethod
     def detect(self, ready: Any) -> object:
-        raise NotImplementedError
+        """Detections of what `inputs` gave."""
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         amp = self.task.amp
@@ -161,7 +170,9 @@ class OurSide(_Side):
         super().__init__(task)
         self.learner = Learner(build_detector(self.config), task.train_config(), self.processes)
         self.parameters = sum(p.numel() for p in self.learner.detector.parameters())
-        check_twin(self.learner.detector, torchvision_twin(self.config))
+        with torch.device("meta"):  # counted, not held: this process's peak memory is our side's own
+            twin = torchvision_twin(self.config)
+        check_twin(self.learner.detector, twin)
 
     def batches(self) -> Iterator[Any]:
         return training_batches(self.dataset, self.config.input, self.task.train_config(), pin_memory=self.device.type == "cuda")
@@ -170,12 +181,9 @@ class OurSide(_Side):
         self.learner.parallel.train()
         return float(self.learner.step(batch, 1e-3)[:4].sum())
 
-    def inputs(self, pictures: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
-        frame = self.config.input
-        sized = [_resized(picture, frame.short_side, frame.long_side) for picture in pictures]
-        height, width = (_up(max(picture.shape[axis] for picture in sized)) for axis in (0, 1))
-        sizes = torch.tensor([picture.shape[:2] for picture in sized])
-        return torch.from_numpy(pad_batch(sized, (height, width))).to(self.device), sizes.to(self.device)
+    def inputs(self, sized: list[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
+        sizes = [(picture.shape[0], picture.shape[1]) for picture in sized]
+        return torch.from_numpy(pad_batch(sized, padded_hw(sizes))).to(self.device), torch.tensor(sizes).to(self.device)
 
     def detect(self, ready: tuple[Tensor, Tensor]) -> object:
         self.learner.detector.eval()
@@ -220,10 +228,8 @@ class TorchvisionSide(_Side):
         self.scaler.update()
         return value
 
-    def inputs(self, pictures: list[np.ndarray[Any, Any]]) -> list[Tensor]:
+    def inputs(self, sized: list[NDArray[np.uint8]]) -> list[Tensor]:
         """Resized beforehand as ours are: the transform inside the model then only normalises and pads."""
-        frame = self.config.input
-        sized = [_resized(picture, frame.short_side, frame.long_side) for picture in pictures]
         return [torch.from_numpy(picture).permute(2, 0, 1).float().div(255).to(self.device) for picture in sized]
 
     def detect(self, ready: list[Tensor]) -> object:
@@ -255,17 +261,6 @@ class FloatPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 def lists_of(examples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """A batch as torchvision takes it."""
     return [image for image, _ in examples], [target for _, target in examples]
-
-
-def _resized(picture: np.ndarray[Any, Any], short_side: int, long_side: int) -> np.ndarray[Any, Any]:
-    height, width = picture.shape[:2]
-    scale = min(short_side / min(height, width), long_side / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
-
-
-def _up(length: int) -> int:
-    return -(-length // 32) * 32
 
 
 def peak_memory(device: torch.device) -> int:
