@@ -30,7 +30,7 @@ import httpx
 
 from benchmarks.incident_exporter import GpuMachine, exported
 from benchmarks.incident_report import Story, plot, plot_dashboard, read_series, report
-from benchmarks.live import ROOT, Prometheus, Service, free_port
+from benchmarks.live import ROOT, Prometheus, Service, beside, free_port
 from service.auth import make_key
 
 CALM_S = 75.0
@@ -113,20 +113,14 @@ def load(url: str, rate: float, *, timeout_s: float = 5.0) -> Iterator[None]:
 @contextmanager
 def ticking(gpu: GpuMachine, prometheus: Prometheus) -> Iterator[None]:
     """Let the simulated GPU be as busy as the device of the service is."""
-    over = threading.Event()
 
-    def tick() -> None:
+    def tick(over: threading.Event) -> None:
         while not over.wait(1.0):
             found = prometheus.query("detector:saturation:ratio_rate1m")
             gpu.tick(min(1.0, float(found[0]["value"][1])) if found else 0.0)
 
-    thread = threading.Thread(target=tick)
-    thread.start()
-    try:
+    with beside(tick):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def play(folder: Path, repository: Path, rates: tuple[float, float], *, image_ms: float, hold: float) -> tuple[Story, dict[str, Any]]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.live import beside
 from benchmarks.load_pictures import Picture, draw_pictures
 from benchmarks.load_run import Load, run_load
 from benchmarks.load_stats import summarise
@@ -56,9 +57,8 @@ class Scraper:
     @contextmanager
     def running(self, each_second: int) -> Iterator[None]:
         """Scrape in a thread until the end of the block."""
-        over = threading.Event()
 
-        def scrape() -> None:
+        def scrape(over: threading.Event) -> None:
             due = time.monotonic()
             with httpx.Client() as client:
                 while not over.wait(max(0.0, due - time.monotonic())):
@@ -66,13 +66,8 @@ class Scraper:
                     self.scrapes += 1
                     due += 1 / each_second
 
-        thread = threading.Thread(target=scrape)
-        thread.start()
-        try:
+        with beside(scrape):
             yield
-        finally:
-            over.set()
-            thread.join()
 
 
 def run_block(server: Serving, pictures: list[Picture], seconds: float, *, scraped: bool) -> Block:

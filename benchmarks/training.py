@@ -197,7 +197,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["preset"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("times torchvision's speed, same network, data, batch, precision and machine")
-    axes.legend(fontsize=8)
+    axes.margins(x=0.1)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
