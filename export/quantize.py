@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 FOLLOWERS = frozenset({"Relu", "Clip", "Add", "MaxPool", "Resize"})
 """Quantised where all that they take comes from quantised nodes: they then cost no step between the types."""
-COLOURS = 3
-"""A convolution over so few channels fills no vector of 8-bit products: measured slower and less exact than fp32."""
 
 
 def chosen_nodes(model: onnx.ModelProto) -> list[NodeProto]:
@@ -47,10 +45,7 @@ def chosen_nodes(model: onnx.ModelProto) -> list[NodeProto]:
 def _is_weighted(node: NodeProto, constants: Mapping[str, onnx.TensorProto], plan: Mapping[str, str]) -> bool:
     weight = constants.get(node.input[1])
     part = None if weight is None else weight_part(weight.name)
-    if weight is None or part is None or plan[part] != "int8":
-        return False
-    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-    return not (node.op_type == "Conv" and weight.dims[1] == COLOURS and groups == 1)
+    return part is not None and plan[part] == "int8"
 
 
 def activations(node: NodeProto, constants: Mapping[str, onnx.TensorProto]) -> list[str]:

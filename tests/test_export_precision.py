@@ -37,6 +37,16 @@ def test_every_weight_has_a_part() -> None:
     assert weight_part("anchors.base_0") is None
 
 
+def test_int8_keeps_the_first_layers_of_every_body_in_fp32() -> None:
+    assert PLANS["int8"]["stem"] == "fp32"
+    detector = tiny_detector()
+    first = next(name for name, _ in detector.backbone.body.named_parameters())
+    assert weight_part(f"backbone.body.{first}") == "stem"
+    block = ("features.1.conv.0.0", "features.1.block.1.0", "conv1")
+    assert {weight_part(f"backbone.body.{name}.weight") for name in block} == {"stem"}
+    assert {weight_part(f"backbone.body.{name}.weight") for name in ("features.10.conv.0.0", "layer1.0.conv1")} == {"backbone"}
+
+
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_half_precision_in_torch_stays_near_and_answers_in_fp32(kind: str) -> None:
     exact, half = tiny_detector(), tiny_detector()
