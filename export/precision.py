@@ -21,14 +21,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 #                 part                            fp32    fp16    bf16    int8    why an island stays fp32
 _TABLE: tuple[tuple[str, Kind, Kind, Kind, Kind, str], ...] = (
     ("normalisation", "fp32", "fp32", "fp32", "fp32", "the first numbers; their rounding would reach everything"),
-    (
-        "stem",
-        "fp32",
-        "fp16",
-        "bf16",
-        "fp32",
-        "three colours fill no vector of 8-bit products; the thin first block cost most AP",
-    ),
+    ("stem", "fp32", "fp16", "bf16", "fp32", "colours fill no vector of 8-bit products; the thin first block cost most AP"),
     ("backbone", "fp32", "fp16", "bf16", "int8", ""),
     ("FPN", "fp32", "fp16", "bf16", "int8", ""),
     ("RPN convolutions", "fp32", "fp16", "bf16", "int8", ""),
