@@ -18,7 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, roi_pool
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from model.backbones.zf import ZF
@@ -38,6 +38,7 @@ MOBILE_TAPS = {
     "mobilenet_v3_large": ((13, 160), (16, 960)),
 }
 VGG_STAGES = (0, 5, 10, 17, 24, 30)
+SINGLE_MAP_STRIDE = 16
 
 
 class TwinError(ValueError):
@@ -82,7 +83,21 @@ def torchvision_twin(config: DetectorConfig) -> nn.Module:
         box_detections_per_img=roi.detections_per_image,
         box_batch_size_per_image=roi.samples_per_image,
     )
+    if roi.pool == "max":  # the constructor takes RoIAlign alone, the heads call whatever pools
+        twin.roi_heads.box_roi_pool = SingleMapRoIPool(roi.pool_size, 1 / SINGLE_MAP_STRIDE)  # type: ignore[union-attr]
     return twin
+
+
+class SingleMapRoIPool(nn.Module):
+    """Torchvision's RoIPool in the place of its MultiScaleRoIAlign."""
+
+    def __init__(self, size: int, scale: float) -> None:
+        super().__init__()
+        self.size, self.scale = size, scale
+
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], _image_shapes: list[tuple[int, int]]) -> Tensor:
+        pooled: Tensor = roi_pool(features["0"], boxes, self.size, spatial_scale=self.scale)
+        return pooled
 
 
 def check_twin(ours: nn.Module, theirs: nn.Module) -> None:

@@ -38,11 +38,13 @@ from matplotlib import pyplot as plt
 
 SIDES = ("ours", "torchvision")
 AIM = 1.5
+RESULTS = "training.json"
 DRAWN_PICTURES, DRAWN_HW = 48, (480, 640)
 
 EXAMPLES = """examples:
   python -m benchmarks.training
   python -m benchmarks.training --presets mobilenet_v2_fpn resnet50_fpn --data VOC_FOLDER --split train --amp bf16
+  python -m benchmarks.training --presets all --short-side 320 --steps 1 --rounds 3 --infer-rounds 3 --resume
   python -m benchmarks.training --presets resnet50_fpn --device cuda --batch-size 16 --amp fp16
 
 Exit status: 0 measured, 1 an error. A missed aim is printed, it is no error.
@@ -125,7 +127,7 @@ def measure(task: Task, options: argparse.Namespace, tick: Any) -> dict[str, Any
                 if round_number >= 0:
                     inferred[name].append(seconds)
                 tick()
-    row: dict[str, Any] = {"preset": task.preset}
+    row: dict[str, Any] = {"preset": task.preset, **facts(options)}
     if options.steps:
         row["training"] = training_row(trained, memory, options.steps * task.batch_size)
     if options.infer_rounds:
@@ -153,6 +155,28 @@ def training_row(trained: dict[str, list[tuple[float, float, float]]], memory: d
     }
 
 
+def row_name(row: dict[str, Any]) -> str:
+    """The preset, and its short side where that is not its own."""
+    return f"{row['preset']} at {row['short_side']} px" if row["short_side"] else str(row["preset"])
+
+
+def merged(earlier: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row in the place of an earlier one of the same name, or behind them all."""
+    rows = list(earlier)
+    places = [place for place, other in enumerate(rows) if row_name(other) == row_name(row)]
+    if places:
+        rows[places[0]] = row
+    else:
+        rows.append(row)
+    return rows
+
+
+def save(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    plot(rows, folder / "training.png")
+
+
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """Both sides next to each other."""
     drawn = Table(title=title)
@@ -171,7 +195,7 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        cells = [row["preset"]]
+        cells = [row_name(row)]
         training, inference = row.get("training"), row.get("inference")
         if training:
             rates, memory = training["images_per_s"], training["peak_memory_bytes"]
@@ -194,7 +218,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.bar_label(bars, fmt="%.2fx", fontsize=8, padding=2)
     axes.axvline(1.0, color="grey", linewidth=1)
     axes.axvline(AIM, color="tab:green", linestyle="--", linewidth=1, label=f"aim of training: {AIM}x")
-    axes.set_yticks(range(len(rows)), [row["preset"] for row in rows])
+    axes.set_yticks(range(len(rows)), [row_name(row) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("times torchvision's speed, same network, data, batch, precision and machine")
     axes.margins(x=0.1)
@@ -207,7 +231,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS), default=["mobilenet_v2_fpn"], help="default: mobilenet_v2_fpn")
+    parser.add_argument(
+        "--presets", nargs="+", choices=[*sorted(PRESETS), "all"], default=["mobilenet_v2_fpn"], help="default: mobilenet_v2_fpn"
+    )
     parser.add_argument("--data", type=Path, help="folder of a data set (default: pictures drawn for this run)")
     parser.add_argument("--split", default="train", help="its split (default: train)")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures a step (default: 4)")
@@ -220,17 +246,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side that count (default: 5)")
     parser.add_argument("--infer-rounds", type=int, default=5, help="batches of eager inference; 0 leaves it out (default: 5)")
     parser.add_argument("--infer-batch", type=int, default=4, help="pictures of such a batch (default: 4)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for training.json and training.png")
+    parser.add_argument("--resume", action="store_true", help="leave out what stands in the results already, measured alike")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder for training.json and training.png, written after each preset; rows of other presets and sizes stay in them",
+    )
     return parser
 
 
 def run(options: argparse.Namespace, data: Path, console: Console) -> list[dict[str, Any]]:
-    """All presets' rows."""
-    turns = len(options.presets) * 2 * (options.rounds + options.infer_rounds + 2)
+    """All presets' rows, each kept as soon as it is there."""
+    known = options.out / RESULTS
+    kept: list[dict[str, Any]] = json.loads(known.read_text())["rows"] if known.is_file() else []
+    measured = [row["preset"] for row in kept if facts(options).items() <= row.items()] if options.resume else []
+    presets = list(PRESETS) if "all" in options.presets else options.presets
+    presets = [preset for preset in presets if preset not in measured]
+    turns = len(presets) * 2 * (options.rounds + options.infer_rounds + 2)
     rows = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("measuring", total=turns)
-        for preset in options.presets:
+        for preset in presets:
             progress.update(bar, description=preset)
             task = Task(
                 preset=preset,
@@ -244,7 +281,22 @@ def run(options: argparse.Namespace, data: Path, console: Console) -> list[dict[
                 short_side=options.short_side,
             )
             rows.append(measure(task, options, lambda: progress.advance(bar)))
+            kept = merged(kept, rows[-1])
+            save(kept, options.out)
+            console.print(f"{verdict(rows[-1])}; kept in {known}")
     return rows
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """The row in one sentence."""
+    parts = []
+    if "training" in row:
+        ratio = row["training"]["ratio"]
+        parts.append(f"training {ratio:.2f}x torchvision's (aim {AIM}x: {'met' if ratio >= AIM else 'missed'})")
+    if "inference" in row:
+        ratio = row["inference"]["ratio"]
+        parts.append(f"eager inference {ratio:.2f}x (aim 1x: {'met' if ratio >= 1 else 'missed'})")
+    return f"{row_name(row)}: {', '.join(parts)}"
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
@@ -274,17 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (SideError, ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    known = facts(options)
-    console.print(
-        table(rows, f"{known['machine']}, {options.threads} threads, batch {options.batch_size}, {options.amp}; medians of turns")
-    )
+    machine = facts(options)["machine"]
+    console.print(table(rows, f"{machine}, {options.threads} threads, batch {options.batch_size}, {options.amp}; medians of turns"))
     for row in rows:
-        if "training" in row:
-            ratio = row["training"]["ratio"]
-            console.print(f"{row['preset']}: training {ratio:.2f}x torchvision's (aim {AIM}x: {'met' if ratio >= AIM else 'missed'})")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "training.json").write_text(json.dumps({**known, "rows": rows}, indent=2) + "\n")
-    plot(rows, options.out / "training.png")
+        console.print(verdict(row))
     return 0
 
 

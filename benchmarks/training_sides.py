@@ -33,7 +33,6 @@ from model.data.loader import training_batches
 from model.data.records import DetectionSet
 from model.faster_rcnn import build_detector
 from model.learner import AMP_TYPES, Learner
-from model.optimization import build_optimizer
 from model.presets import PRESETS
 from model.processes import start_processes
 from model.training import AugmentConfig, TrainConfig
@@ -198,7 +197,8 @@ class TorchvisionSide(_Side):
         super().__init__(task)
         self.model = torchvision_twin(self.config).to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.optimizer = build_optimizer(self.model, task.train_config())
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(learning, lr=1e-3, momentum=0.9, weight_decay=1e-4)  # as the reference script builds it
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=task.amp == "fp16" and self.device.type == "cuda")
 
     def batches(self) -> Iterator[Any]:

@@ -199,7 +199,7 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
         {"params": weights, "initial": recipe.lr, "weight_decay": recipe.weight_decay},
         {"params": vectors, "initial": recipe.lr * BIAS_LR_FACTOR, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD([group for group in groups if group["params"]], lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.SGD([group for group in groups if group["params"]], lr=recipe.lr, momentum=recipe.momentum, fused=True)
 
 
 def _batches(

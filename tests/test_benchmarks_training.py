@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.torchvision_twin import TwinError, check_twin, torchvision_twin
-from benchmarks.training import main, plot, table, training_row
+from benchmarks.training import main, merged, plot, table, training_row
 from model.faster_rcnn import FasterRCNN
 from model.presets import PRESETS
 
@@ -37,7 +37,10 @@ def test_a_row_by_hand() -> None:
 def test_rows_are_drawn_with_and_without_a_part(tmp_path: Path) -> None:
     training = training_row({name: [(1.0, 0.0, 1.0)] for name in ("ours", "torchvision")}, {"ours": 1, "torchvision": 1}, images=4)
     inference = {"batch": 4, "seconds": {"ours": 1.0, "torchvision": 2.0}, "ratio": 2.0}
-    rows = [{"preset": "a", "training": training, "inference": inference}, {"preset": "b", "inference": inference}]
+    rows = [
+        {"preset": "a", "short_side": 320, "training": training, "inference": inference},
+        {"preset": "b", "short_side": None, "inference": inference},
+    ]
     plot(rows, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 1000
     assert table(rows, "title").row_count == 2
@@ -51,7 +54,16 @@ def test_both_sides_train_and_detect_in_turns(tmp_path: Path, capsys: pytest.Cap
     assert row["inference"]["ratio"] > 0
     assert all(0 < loss < 100 for loss in row["training"]["last_loss"].values())
     assert min(row["training"]["peak_memory_bytes"].values()) > 50e6
-    assert "mobilenet_v2_fpn: training" in capsys.readouterr().out
+    assert "mobilenet_v2_fpn at 96 px: training" in capsys.readouterr().out
+    started = (tmp_path / "training.json").stat().st_mtime_ns
+    assert main([*tiny.split(), "--out", str(tmp_path), "--resume"]) == 0  # nothing is left to measure
+    assert (tmp_path / "training.json").stat().st_mtime_ns == started
+
+
+def test_a_row_takes_the_place_of_an_earlier_one_of_its_name() -> None:
+    earlier = [{"preset": "a", "short_side": None, "n": 1}, {"preset": "b", "short_side": 320, "n": 2}]
+    assert [row["n"] for row in merged(earlier, {"preset": "b", "short_side": 320, "n": 3})] == [1, 3]
+    assert [row["n"] for row in merged(earlier, {"preset": "b", "short_side": None, "n": 4})] == [1, 2, 4]
 
 
 def test_a_side_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -80,3 +81,24 @@ def test_configuration_survives_json_and_refuses_what_it_does_not_know() -> None
         train_config_from_dict({"learning_rate": 1})
     with pytest.raises(ValueError, match=r"training.lr: expected a positive number, got 0"):
         TrainConfig(lr=0)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_fused_step_equals_the_plain_one_in_either_memory_layout(kind: str) -> None:
+    """Channels-last weights and their gradients are walked in memory's order by the fused step: both must lie alike."""
+    torch.manual_seed(0)
+    fused_net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, (3, 2), groups=2)).to(memory_format=torch.channels_last)
+    plain_net = copy.deepcopy(fused_net).to(memory_format=torch.contiguous_format)
+    config = TrainConfig(optimizer="sgd" if kind == "sgd" else "adamw", lr=0.1, weight_decay=0.05)
+    fused = build_optimizer(fused_net, config)
+    groups = parameter_groups(plain_net, config)
+    plain = torch.optim.SGD(groups, momentum=0.9, foreach=False) if kind == "sgd" else torch.optim.AdamW(groups, foreach=False)
+    images = torch.rand(2, 3, 9, 13)
+    for _ in range(4):
+        for net, optimizer in ((fused_net, fused), (plain_net, plain)):
+            optimizer.zero_grad()
+            net(images).square().mean().backward()
+            optimizer.step()
+    assert fused.defaults["fused"]
+    for ours, theirs in zip(fused_net.parameters(), plain_net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
