@@ -1,11 +1,15 @@
 """Which detections rounding alone decides: a tie in a ranking, an overlap exactly at a threshold.
 
 Two correct runtimes may answer such a case differently, and so does PyTorch itself in fp64, or once its weights change in the last
-digits. Only what survives both is a fair reference. N detections of a picture.
+digits, or once every layer rounds its results differently. Only what survives all of them is a fair reference. N detections of a picture.
 
 Why both: of the 100 detections that a random ResNet-50-FPN gave in fp64 (RPN logits of 7), PyTorch in fp32 found 86, the others up to
 23 px away, and ONNX Runtime 97, while copies with shaken weights found all that fp32 did: shaking alone would have called it ONNX
 Runtime's fault. On a picture that keeps a network's activations near 1, all of them agreed within 5e-4 px.
+
+Why layers too: where a picture is constant along a row, all its positions score exactly the same in PyTorch, in fp64 and with any weights,
+and the first of them suppresses the others. A runtime that cuts the row into tiles rounds some positions otherwise, and the boxes of the
+row come out one stride further. Only rounding that differs from position to position shows such a tie.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from export.agreement import Agreement, Answer, compare, pairwise_iou
 from model.faster_rcnn import FasterRCNN
@@ -30,7 +35,7 @@ BESIDE_IOU = 0.3
 
 
 def shaken(detector: FasterRCNN, seed: int) -> FasterRCNN:
-    """A copy whose weights differ in their last digits."""
+    """A copy whose weights differ in their last digits, and whose layers round each of their results up, down or not, by chance."""
     generator = torch.Generator().manual_seed(seed)
     other = copy.deepcopy(detector)
     with torch.no_grad():
@@ -38,7 +43,16 @@ def shaken(detector: FasterRCNN, seed: int) -> FasterRCNN:
             draw = torch.rand(weight.shape, generator=generator)
             towards = torch.where(draw < SHARE / 2, -torch.inf, torch.where(draw < SHARE, torch.inf, weight))
             weight.copy_(torch.nextafter(weight, towards))
+    for layer in other.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda _layer, _inputs, output: _rounded_by_chance(output, generator))
     return other
+
+
+def _rounded_by_chance(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Every element itself or one of its neighbours: less than two runtimes differ by that add up in another order."""
+    ulp = torch.finfo(output.dtype).eps
+    return output * torch.empty_like(output).uniform_(1 - ulp, 1 + ulp, generator=generator)
 
 
 def exact(detector: FasterRCNN) -> FasterRCNN:

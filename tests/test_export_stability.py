@@ -11,7 +11,7 @@ from tiny_detector import tiny_detector
 
 from export import pictures
 from export.agreement import Answer, answer_of, compare
-from export.stability import ROUNDS, exact, judge, rivals_of
+from export.stability import ROUNDS, exact, judge, rivals_of, shaken
 from export.verify import eager
 from model.faster_rcnn import FasterRCNN
 
@@ -62,6 +62,25 @@ def test_what_fp64_answers_differently_is_excused(wild: FasterRCNN) -> None:
     assert not found.missed
     assert not found.extra
     assert found.worst_box_px <= BOX_PX
+
+
+def row_of_scores(detector: FasterRCNN) -> torch.Tensor:
+    """Logits of one anchor in the middle of a long white strip, where every position sees the same."""
+    strip = torch.full((1, 32, 2048, 3), 255, dtype=torch.uint8)
+    with torch.inference_mode():
+        levels = detector.backbone(detector.normalize(strip, torch.tensor([[32, 2048]])))
+        grid = detector.rpn(levels).logits[0].reshape(levels[0].shape[2], levels[0].shape[3], -1)
+    middle = grid.shape[1] // 2
+    return grid[1, middle - 8 : middle + 8, 0]
+
+
+def test_only_a_rival_that_rounds_by_position_breaks_the_ties_of_a_constant_picture(calm: FasterRCNN) -> None:
+    """There the first position of a row suppresses its neighbours, unless a runtime rounds another one up."""
+    assert len(row_of_scores(calm).unique()) == 1
+    assert len(row_of_scores(exact(calm)).unique()) == 1
+    scores = row_of_scores(shaken(calm, 0))
+    assert len(scores.unique()) > 4
+    assert (scores - row_of_scores(calm)).abs().max() < 1e-4, "by the last digits only"
 
 
 def test_a_fault_is_still_a_fault(calm: FasterRCNN) -> None:
