@@ -40,7 +40,7 @@ def missing_sentence(provider: str, reason: str) -> str:
     """Why a provider is not used, and what to do."""
     return (
         f"provider {provider!r} was asked for, but {reason} (available: {', '.join(ort.get_available_providers())}); "
-        "install the requirements for GPUs, or set DETECTOR_PROVIDER=auto or cpu"
+        "install NVIDIA's driver (containers: --gpus all) and the requirements for GPUs, or set DETECTOR_PROVIDER=auto or cpu"
     )
 
 

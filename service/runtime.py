@@ -136,7 +136,7 @@ class OnnxRuntime:
                 self._session, self.provider = session, name
                 break
             if provider != "auto":
-                raise ProviderMissing(missing_sentence(name, "its libraries did not load"))
+                raise ProviderMissing(missing_sentence(name, "its libraries or its device did not load"))
             logger.warning("provider %s did not load, trying the next", name)
         if self._session is None:
             raise ProviderMissing(f"no execution provider of {provider_candidates(provider)} works here")

@@ -102,3 +102,12 @@ def test_the_healthcheck_and_a_stop_tell_the_truth(restricted: Restricted) -> No
     gone = subprocess.run(HEALTHCHECK, env=environment, check=False, timeout=30, capture_output=True, text=True)
     assert gone.returncode == 1
     assert gone.stdout.startswith("no answer")
+
+
+def test_the_runtime_keeps_no_usage_events_to_send(tmp_path: Path) -> None:
+    """ONNX Runtime's wheels store them under the home folder as soon as they are imported, and send them to their makers."""
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-c", "import service.runtime, onnxruntime; print(onnxruntime.get_available_providers())"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "CPUExecutionProvider" in done.stdout
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
