@@ -1,7 +1,8 @@
 """Reloads under load: `python -m benchmarks.reloads --reloads 100 --json FILE` (about five minutes on two idle cores).
 
 The real service with the bundled model as versions 1 and 2 of one name. Clients ask without a pause while an operator loads one version
-after the other; not one request may fail, and every answer must come from a version that was being served.
+after the other; not one request may fail, and every answer must come from a version that was being served. The resident memory is read
+after each reload, when the version before it has been retired, and must level off: the last third's median at most 5 % above the middle's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import httpx
+import numpy as np
 
 from benchmarks.footprint import resident_bytes
 from benchmarks.incident import copy_models
@@ -31,6 +33,9 @@ VERSIONS = ("1", "2")
 SETTINGS = {"drain_seconds": 0, "canary_seconds": 0}
 REQUEST_TIMEOUT_S = 30.0
 RELOAD_TIMEOUT_S = 120.0
+LEVEL = 1.05
+"""Memory has levelled off if its median over the last third of the reloads is at most so many times that over the middle third."""
+MODEL_SERIES = b"\ndetector_model_info{"
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Tally:
     reloads: Counter[int] = field(default_factory=Counter)
     reload_s: list[float] = field(default_factory=list)
     resident_mb: list[float] = field(default_factory=list)
+    """After each reload, with the new version alone."""
 
 
 async def ask(url: str, pictures: list[Picture], over: asyncio.Event, tally: Tally) -> None:
@@ -69,7 +75,19 @@ async def operate(service: Service, name: str, key: str, reloads: int, tally: Ta
             answer = await client.post(f"/v1/models/{name}/load", json={"version": VERSIONS[number % len(VERSIONS)]})
             tally.reload_s.append(time.perf_counter() - started)
             tally.reloads[answer.status_code] += 1
+            await retired(client)
             tally.resident_mb.append(resident_bytes(service.process.pid) / 1e6)
+
+
+async def retired(client: httpx.AsyncClient) -> None:
+    """Wait until one version is left: the metrics name each as long as it is in memory.
+
+    Raises:
+        TimeoutError: the old one stays.
+    """
+    async with asyncio.timeout(RELOAD_TIMEOUT_S):
+        while (await client.get("/metrics")).content.count(MODEL_SERIES) > 1:  # noqa: ASYNC110  # another process: nothing to await
+            await asyncio.sleep(0.02)
 
 
 async def reload_under_load(service: Service, name: str, key: str, *, reloads: int, clients: int) -> Tally:
@@ -112,16 +130,27 @@ def summary(tally: Tally) -> dict[str, Any]:
         "answers": dict(tally.answers),
         "reload_median_s": round(median(tally.reload_s), 2),
         "latency_ms": {"p50": round(median(latencies_ms), 1), "p99": round(latencies_ms[int(0.99 * len(latencies_ms))], 1)},
-        "resident_mb": {
-            "after_the_first": round(tally.resident_mb[0]),
-            "largest": round(max(tally.resident_mb)),
-            "after_the_last": round(tally.resident_mb[-1]),
-        },
+        "resident_mb": memory(tally.resident_mb),
+    }
+
+
+def memory(resident_mb: list[float]) -> dict[str, Any]:
+    """What became of the resident memory over the reloads."""
+    thirds = [float(np.median(part)) for part in np.array_split(resident_mb, 3) if len(part)]
+    later = resident_mb[len(resident_mb) // 3 :]
+    return {
+        "after_the_first": round(resident_mb[0]),
+        "largest": round(max(resident_mb)),
+        "after_the_last": round(resident_mb[-1]),
+        "medians_of_thirds": [round(third) for third in thirds],
+        "slope_mb_a_reload": round(float(np.polyfit(range(len(later)), later, 1)[0]), 2) if len(later) > 1 else 0.0,
+        "levels_off": thirds[-1] <= LEVEL * thirds[max(0, len(thirds) - 2)],
+        "each": [round(size) for size in resident_mb],
     }
 
 
 def main() -> int:
-    """Measure and write. Returns 1 if a request or a reload failed."""
+    """Measure and write. Returns 1 if a request or a reload failed, or memory grew to the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="model to serve (default: the bundled demo)")
     parser.add_argument("--reloads", type=int, default=100, help="how many (default 100)")
@@ -133,7 +162,8 @@ def main() -> int:
     if options.json:
         options.json.write_text(text + "\n")
     print(text)
-    return 0 if found["failed_requests"] == 0 and set(found["reloads"]) == {200} else 1
+    well = found["failed_requests"] == 0 and set(found["reloads"]) == {200} and found["resident_mb"]["levels_off"]
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

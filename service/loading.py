@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.golden import GoldenMismatch, check_golden
+from service.host_memory import release_freed_memory
 from service.manifest import Bucket, Manifest, ManifestError
 from service.runtime import CostTable, OnnxRuntime, Runtime, RuntimeLoadError, file_sha256
 from service.warm_up import warm_up
@@ -58,6 +59,7 @@ class LoadedVersion:
         """Give the memory of every device back."""
         for runtime in self.runtimes.values():
             runtime.close()
+        release_freed_memory()
 
 
 def parse_reference(reference: str) -> tuple[str, str | None]:
@@ -153,6 +155,8 @@ class Loader:
             for runtime in runtimes.values():
                 runtime.close()
             raise
+        finally:
+            release_freed_memory()  # of the warm-up's large batches
         if not runtimes:
             raise RuntimeLoadError(f"{path}: every device of this process is lost; restart it")
         loaded = LoadedVersion(name, version, runtimes, costs, sha256, time.perf_counter() - started)

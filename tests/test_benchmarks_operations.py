@@ -9,7 +9,7 @@ import pytest
 from service_onnx import write_model
 
 from benchmarks.metrics_cost import Block, evaluate, interval
-from benchmarks.reloads import Tally, measure, summary
+from benchmarks.reloads import Tally, measure, memory, summary
 
 
 def test_a_paired_difference_has_its_confidence_interval() -> None:
@@ -39,7 +39,18 @@ def test_everything_but_an_answer_of_a_version_is_a_failed_request() -> None:
     found = summary(tally)
     assert (found["requests"], found["failed_requests"]) == (12, 3)
     assert found["latency_ms"]["p50"] == 20.0
-    assert found["resident_mb"] == {"after_the_first": 100, "largest": 140, "after_the_last": 140}
+
+
+def test_memory_levels_off_or_grows_to_the_end() -> None:
+    """The first third fills caches; what counts is whether it goes on."""
+    filled = memory([100, 200, 300, 400, 390, 410, 400, 410, 390])
+    assert (filled["after_the_first"], filled["largest"], filled["after_the_last"]) == (100, 410, 390)
+    assert filled["medians_of_thirds"] == [200, 400, 400]
+    assert filled["levels_off"]
+    assert abs(filled["slope_mb_a_reload"]) < 1
+    leaking = memory([100.0 + 10 * number for number in range(30)])
+    assert leaking["slope_mb_a_reload"] == pytest.approx(10)
+    assert not leaking["levels_off"]
 
 
 def test_reloads_of_a_small_model_fail_no_request(tmp_path: Path) -> None:
@@ -47,4 +58,5 @@ def test_reloads_of_a_small_model_fail_no_request(tmp_path: Path) -> None:
     found = measure(tmp_path, reloads=4, clients=2)
     assert found["reloads"] == {200: 4}
     assert found["failed_requests"] == 0
+    assert len(found["resident_mb"]["each"]) == 4
     assert found["requests"] > 0
