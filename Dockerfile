@@ -8,7 +8,8 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS python
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# ONNX Runtime's wheels send usage events to their makers unless told not to.
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
 RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin detector
 
 # One pip for all environments; none of them keeps it.
@@ -34,17 +35,21 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/pip/bin/pip --python /opt/venv/bin/python install --requirement /requirements/load.txt
 
 # CycloneDX bills of the Python packages; Debian's are in the image's own dpkg database, where scanners look for them.
+# The environments are mounted, not copied: those with CUDA are gigabytes.
 FROM pip AS bills
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf /opt/pip/bin/pip install --requirement /requirements/sbom.txt
 FROM bills AS bill-cpu
-COPY --from=packages-cpu /opt/venv /opt/venv
-RUN /opt/pip/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible --output-file /python.cdx.json
+RUN --mount=type=bind,from=packages-cpu,source=/opt/venv,target=/opt/venv \
+    /opt/pip/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible --output-file /python.cdx.json
 FROM bills AS bill-gpu
-COPY --from=packages-gpu /opt/venv /opt/venv
-RUN /opt/pip/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible --output-file /python.cdx.json
+RUN --mount=type=bind,from=packages-gpu,source=/opt/venv,target=/opt/venv \
+    /opt/pip/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible --output-file /python.cdx.json
 FROM bills AS bill-train
-COPY --from=packages-train /opt/venv /opt/venv
-RUN /opt/pip/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible --output-file /python.cdx.json
+RUN --mount=type=bind,from=packages-train,source=/opt/venv,target=/opt/venv \
+    /opt/pip/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible --output-file /python.cdx.json
+FROM bills AS bill-load
+RUN --mount=type=bind,from=packages-load,source=/opt/venv,target=/opt/venv \
+    /opt/pip/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible --output-file /python.cdx.json
 
 # Compiled here, because a read-only root cannot keep what the first start compiles. Hashes, not times: layers lose times.
 FROM python AS code
@@ -74,9 +79,17 @@ CMD ["model.train", "--help"]
 
 # The load generator of the compose profile `load`.
 FROM python AS load
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="faster-rcnn-service load" \
+      org.opencontainers.image.description="Asks a detection service at a rate and measures how it answers" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 ENV PATH=/opt/venv/bin:$PATH MPLCONFIGDIR=/tmp
 WORKDIR /app
 COPY --from=packages-load /opt/venv /opt/venv
+COPY --from=bill-load /python.cdx.json /usr/share/sbom/python.cdx.json
 COPY benchmarks/ benchmarks/
 USER 10001:10001
 ENTRYPOINT ["python", "-m", "benchmarks.load"]

@@ -57,7 +57,7 @@ def test_a_plain_build_gives_the_cpu_image() -> None:
     assert list(_stages())[-1] == "cpu"
 
 
-@pytest.mark.parametrize("target", [*SERVED, "train"])
+@pytest.mark.parametrize("target", [*SERVED, "train", "load"])
 def test_each_target_runs_as_a_number_that_is_not_root_and_says_what_it_is(target: str) -> None:
     instructions = _instructions(target)
     assert [line for line in instructions if line.startswith("USER ")] == ["USER 10001:10001"]
