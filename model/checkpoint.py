@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        kept = "the previous file is untouched" if path.exists() else "nothing was left behind"
-        raise CheckpointError(f"cannot write {path}: {error}; {kept}. Free some space, then go on with --resume") from error
+        kept = "the previous file is untouched; free some space, then go on with --resume"
+        advice = kept if path.exists() else "nothing was left behind; free some space, then start again"
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(f"cannot write {path} ({free / 2**20:.0f} MiB are free there): {error}; {advice}") from error
 
 
 def _sync_folder(folder: Path) -> None:

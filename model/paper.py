@@ -188,7 +188,11 @@ def _measure_table(labs: Sequence[Lab], options: argparse.Namespace) -> tuple[Pa
 
 def _measure_speed(lab: Lab, options: argparse.Namespace) -> tuple[Page, dict[str, Any]]:
     rows = speed_table(lab, _speed_options(options, lab.sets))
-    values = {"rows": [speed_values(row) for row in rows], "times_faster_than_rcnn": ratios(rows), "crops": options.crops}
+    values = {
+        "rows": [speed_values(row) for row in rows],
+        "times_faster_than_rcnn": {label: band._asdict() for label, band in ratios(rows).items()},
+        "crops": options.crops,
+    }
     return speed_page(rows, lab.setup.device, options.crops, len(lab.sets.test)), values
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ _Published = tuple[float | None, float | None, float | None, float | None]
 
 PUBLISHED: dict[tuple[str, str], tuple[_Published, float | None]] = {
     ("R-CNN", "vgg16"): ((None, None, None, 50_000.0), 66.0),
-    ("Fast", "vgg16"): ((146.0, 1510.0, 174.0, 1830.0), 66.9),
-    ("Faster", "vgg16"): ((141.0, 10.0, 47.0, 198.0), 69.9),
-    ("Faster", "zf"): ((31.0, 3.0, 25.0, 59.0), 59.9),
+    ("Fast R-CNN", "vgg16"): ((146.0, 1510.0, 174.0, 1830.0), 66.9),
+    ("Faster R-CNN", "vgg16"): ((141.0, 10.0, 47.0, 198.0), 69.9),
+    ("Faster R-CNN", "zf"): ((31.0, 3.0, 25.0, 59.0), 59.9),
 }
 """(system, network) -> milliseconds a picture by stage on a K40, and mean average precision on VOC07 test."""
 
@@ -51,12 +52,14 @@ class SpeedRow:
     Attributes:
         published: conv, proposal, region-wise and total on a K40; None where the paper has no such number.
         ours: medians over the pictures, by stage.
+        totals: of each picture, in their order.
         accuracy: mean average precision, where it was asked for.
     """
 
     label: str
     published: _Published
     ours: dict[str, float]
+    totals: list[float]
     accuracy: float | None = None
     published_accuracy: float | None = None
 
@@ -102,12 +105,33 @@ class Clock:
         self._last = now
 
 
-System = Callable[[Record, Clock], Prediction | None]
-"""Detects on one picture and stops the clock after each stage."""
+System = Callable[[Record, Array, Clock], Prediction | None]
+"""Detects on one picture, with the boxes of Selective Search at hand, and stops the clock after each stage."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table; `searches` says whether it needs Selective Search, whose time is then its own."""
+
+    label: str
+    system: System
+    published: _Published
+    accuracy: float | None
+    searches: bool = True
+
+
+class Band(NamedTuple):
+    """Median, least and largest value over the pictures."""
+
+    median: float
+    low: float
+    high: float
 
 
 def speed_table(lab: Lab, options: SpeedOptions) -> list[SpeedRow]:
-    """All systems on the same pictures, one after the other on each picture, so that a busy machine disturbs them alike.
+    """All systems on the same pictures in turn, in the opposite order on every other one, so that a busy machine disturbs them alike.
+
+    Selective Search runs once a picture, and its time counts for each system that needs it: their ratios then do not carry its noise.
 
     Raises:
         ValueError: the two networks are one.
@@ -115,30 +139,50 @@ def speed_table(lab: Lab, options: SpeedOptions) -> list[SpeedRow]:
     if options.large == options.small:
         raise ValueError(f"table 5 compares two networks, but both are {options.large}; give another --other-preset")
     test = lab.sets.test.with_records(lab.sets.test.records[: options.pictures])
-    systems = _systems(lab, options)
-    device = torch.device(lab.setup.device)
-    times: dict[str, list[dict[str, float]]] = {label: [] for label, *_ in systems}
-    found: dict[str, list[Prediction | None]] = {label: [] for label, *_ in systems}
-    with lab.progress("timing", (len(test) + 1) * len(systems), "pictures x systems") as progress:
+    contenders = _contenders(lab, options)
+    times: dict[str, list[dict[str, float]]] = {contender.label: [] for contender in contenders}
+    found: dict[str, list[Prediction | None]] = {contender.label: [] for contender in contenders}
+    with lab.progress("timing", len(test) + 1) as progress:
         for number, record in enumerate([test.records[0], *test.records]):
-            for position, (label, system, *_) in enumerate(systems, start=1):
-                clock = Clock(device)
-                prediction = system(record, clock)
+            for contender, stages, prediction in _picture(lab, contenders if number % 2 else contenders[::-1], record):
                 if number:  # the first picture only warms up
-                    times[label].append({**clock.stages, "total": sum(clock.stages.values())})
-                    found[label].append(prediction)
-                progress(number * len(systems) + position, None)
+                    times[contender.label].append(stages)
+                    found[contender.label].append(prediction)
+            progress(number + 1, None)
     return [
-        SpeedRow(label, published, _medians(times[label]), _accuracy(lab, options, test, found[label]), accuracy)
-        for label, _, published, accuracy in systems
+        SpeedRow(
+            each.label,
+            each.published,
+            _medians(times[each.label]),
+            [stages["total"] for stages in times[each.label]],
+            _accuracy(lab, options, test, found[each.label]),
+            each.accuracy,
+        )
+        for each in contenders
     ]
 
 
-def ratios(rows: Sequence[SpeedRow]) -> dict[str, float]:
-    """How many times faster than R-CNN each system with the large network is; published: Fast 25, Faster 250."""
-    totals = {row.label: row.ours["total"] for row in rows}
-    slowest = next(value for label, value in totals.items() if label.startswith("R-CNN"))
-    return {label: slowest / value for label, value in totals.items()}
+def _picture(lab: Lab, contenders: Sequence[Contender], record: Record) -> Iterator[tuple[Contender, dict[str, float], Prediction | None]]:
+    """Milliseconds by stage and detections of each system on one picture."""
+    device = torch.device(lab.setup.device)
+    search = Clock(device)
+    boxes = _search(lab, record, search)
+    for contender in contenders:
+        clock = Clock(device)
+        prediction = contender.system(record, boxes, clock)
+        if contender.searches:
+            clock.stages["proposal"] = search.stages["proposal"]
+        yield contender, {**clock.stages, "total": sum(clock.stages.values())}, prediction
+
+
+def ratios(rows: Sequence[SpeedRow]) -> dict[str, Band]:
+    """How many times faster than R-CNN each system is, picture by picture; published with the large network: Fast 25, Faster 250."""
+    slowest = np.array(next(row.totals for row in rows if row.label.startswith("R-CNN")))
+    bands = {}
+    for row in rows:
+        faster = slowest / np.array(row.totals)
+        bands[row.label] = Band(float(np.median(faster)), float(faster.min()), float(faster.max()))
+    return bands
 
 
 def _medians(times: list[dict[str, float]]) -> dict[str, float]:
@@ -150,7 +194,7 @@ def _accuracy(lab: Lab, options: SpeedOptions, test: DetectionSet, found: list[P
     return mean_ap(test, whole) if options.accuracy and len(whole) == len(test) else None
 
 
-def _systems(lab: Lab, options: SpeedOptions) -> list[tuple[str, System, _Published, float | None]]:
+def _contenders(lab: Lab, options: SpeedOptions) -> list[Contender]:
     large, small = options.large, options.small
     fast = lab.fast(large) if options.accuracy else _untrained(lab, large)
     spp = _spp(lab, fast, options)
@@ -158,12 +202,16 @@ def _systems(lab: Lab, options: SpeedOptions) -> list[tuple[str, System, _Publis
     proposals = lab.searched_boxes(train)
     crops, pyramid = crop_features(fast), pyramid_features(spp)
     crop_svms, pyramid_svms = (_fit(lab, name, train, proposals, made, options) for name, made in (("R-CNN", crops), ("SPP-net", pyramid)))
+    systems: list[tuple[str, str, str, System]] = [
+        ("R-CNN", large, "SS", rcnn(crops, crop_svms, options.crops)),
+        ("SPP-net", large, "SS", spp_net(pyramid, pyramid_svms)),
+        ("Fast R-CNN", large, "SS", fast_rcnn(fast)),
+        ("Faster R-CNN", large, "RPN", faster_rcnn(_whole(lab, large, options))),
+        ("Faster R-CNN", small, "RPN", faster_rcnn(_whole(lab, small, options))),
+    ]
     return [
-        (f"R-CNN, {large}, SS", rcnn(lab, crops, crop_svms, options.crops), *_published("R-CNN", large)),
-        (f"SPP-net, {large}, SS", spp_net(lab, pyramid, pyramid_svms), *_published("SPP-net", large)),
-        (f"Fast R-CNN, {large}, SS", fast_rcnn(lab, fast), *_published("Fast", large)),
-        (f"Faster R-CNN, {large}, RPN", faster_rcnn(_whole(lab, large, options)), *_published("Faster", large)),
-        (f"Faster R-CNN, {small}, RPN", faster_rcnn(_whole(lab, small, options)), *_published("Faster", small)),
+        Contender(f"{name}, {network}, {source}", system, *_published(name, network), searches=source == "SS")
+        for name, network, source, system in systems
     ]
 
 
@@ -209,11 +257,10 @@ def _search(lab: Lab, record: Record, clock: Clock) -> Array:
     return boxes
 
 
-def rcnn(lab: Lab, features: Features, classifier: RegionClassifier, crops: int | None) -> System:
+def rcnn(features: Features, classifier: RegionClassifier, crops: int | None) -> System:
     """Every region through the whole network; nothing is shared, so all of it counts as region-wise."""
 
-    def system(record: Record, clock: Clock) -> Prediction | None:
-        boxes = _search(lab, record, clock)
+    def system(record: Record, boxes: Array, clock: Clock) -> Prediction | None:
         run = boxes if crops is None else boxes[:crops]
         prediction = classifier.detect(record, run, features(record, run))
         clock.stop("region", len(boxes) / max(1, len(run)))
@@ -222,11 +269,10 @@ def rcnn(lab: Lab, features: Features, classifier: RegionClassifier, crops: int 
     return system
 
 
-def spp_net(lab: Lab, features: Features, classifier: RegionClassifier) -> System:
+def spp_net(features: Features, classifier: RegionClassifier) -> System:
     """One map, a spatial pyramid a region, then the SVMs; reading and the map's time stand under region-wise."""
 
-    def system(record: Record, clock: Clock) -> Prediction | None:
-        boxes = _search(lab, record, clock)
+    def system(record: Record, boxes: Array, clock: Clock) -> Prediction | None:
         prediction = classifier.detect(record, boxes, features(record, boxes))
         clock.stop("region")
         return prediction
@@ -234,14 +280,13 @@ def spp_net(lab: Lab, features: Features, classifier: RegionClassifier) -> Syste
     return system
 
 
-def fast_rcnn(lab: Lab, detector: FasterRCNN) -> System:
+def fast_rcnn(detector: FasterRCNN) -> System:
     """One map, RoIPool, one head for class and box."""
     fast, frame, roi = FastRCNN(detector).eval(), detector.config.input, detector.config.roi
     device = next(detector.parameters()).device
 
     @torch.inference_mode()
-    def system(record: Record, clock: Clock) -> Prediction | None:
-        boxes = _search(lab, record, clock)
+    def system(record: Record, boxes: Array, clock: Clock) -> Prediction | None:
         image, size_hw = (part.to(device) for part in read_input(record, frame.short_side, frame.long_side))
         clock.stop("conv", 0.0)
         levels = detector.backbone(detector.normalize(image, size_hw))
@@ -263,7 +308,7 @@ def faster_rcnn(detector: FasterRCNN) -> System:
     device = next(detector.parameters()).device
 
     @torch.inference_mode()
-    def system(record: Record, clock: Clock) -> Prediction | None:
+    def system(record: Record, _boxes: Array, clock: Clock) -> Prediction | None:
         image, size_hw = (part.to(device) for part in read_input(record, frame.short_side, frame.long_side))
         clock.stop("conv", 0.0)
         frame_hw = (image.shape[1], image.shape[2])

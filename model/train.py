@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         outcome = train(options)
-    except (DataError, TrainingError, CheckpointError, FileNotFoundError, ValueError) as error:
+    except (DataError, TrainingError, CheckpointError, OSError, ValueError) as error:  # OSError: a full disk, too
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
