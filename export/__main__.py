@@ -136,8 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _job(options: argparse.Namespace, command: str) -> Job:
+    # its class names are needed to read a data set; it is loaded once, and only where it must be before the request was checked
+    loaded = load_checkpoint(options.checkpoint, options.settings) if options.data or options.calibrate else None
+    names = loaded.config.class_names if loaded else ()
     return Job(
         checkpoint=options.checkpoint,
+        loaded=loaded,
         name=options.name,
         repository=options.repository,
         version=options.version,
@@ -153,23 +157,21 @@ def _job(options: argparse.Namespace, command: str) -> Job:
             known_failures=tuple(options.known_failure),
         ),
         pictures=_pictures(options.pictures) if options.pictures else (),
-        dataset=_dataset(options) if options.data else None,
-        calibration=_calibration(options) if options.calibrate else (),
+        dataset=_dataset(options, names) if options.data else None,
+        calibration=_calibration(options, names) if options.calibrate else (),
         allow_unmeasured=options.allow_unmeasured,
         command=command,
         training_command=options.training_command,
     )
 
 
-def _dataset(options: argparse.Namespace) -> DetectionSet:
-    names = load_checkpoint(options.checkpoint).config.class_names
+def _dataset(options: argparse.Namespace, names: tuple[str, ...]) -> DetectionSet:
     return open_dataset(options.data, options.split, data_format=options.format, class_names=names, skip_bad=options.skip_bad)
 
 
-def _calibration(options: argparse.Namespace) -> list[Path]:
+def _calibration(options: argparse.Namespace, names: tuple[str, ...]) -> list[Path]:
     if options.precision != "int8":
         raise ValueError(f"--calibrate belongs to --precision int8, not {options.precision}")
-    names = load_checkpoint(options.checkpoint).config.class_names
     return calibration_files(
         options.calibrate,
         options.calibrate_pictures,

@@ -15,13 +15,14 @@ from rich.progress import Progress
 from export.accuracy import GateFailed, compare_accuracy, unmeasured
 from export.calibration import calibrate, read_pictures
 from export.card import CardFacts, model_card
+from export.certificate import state_width
 from export.golden import golden_images
 from export.graph import ExportError, GraphOptions, build_graph, graph_problems, save
 from export.pictures import Picture
 from export.precision import MAX_AP_DROP, recorded
 from export.quantize import chosen_nodes, quantise
 from export.report import markdown, table
-from export.triton import triton_config
+from export.triton import continue_config, triton_config
 from export.verify import FREE, Gates, Report, verify
 from export.version import check_free, next_version, publish, sha256, staged
 from model.checkpoint import Checkpoint, load_checkpoint, restore_detector
@@ -37,6 +38,7 @@ class Job:
     """What to export, and to where.
 
     Attributes:
+        loaded: the checkpoint, where it was read already, with the settings applied.
         version: None takes the next free number.
         settings: KEY=VALUE changes of the checkpoint's configuration, such as detector.roi.nms_thresh=0.6.
         pictures: further RGB pictures to verify on.
@@ -62,6 +64,7 @@ class Job:
     allow_unmeasured: bool = False
     command: str = "python -m export"
     training_command: str = ""
+    loaded: Checkpoint | None = None
 
     @property
     def provider(self) -> str:
@@ -82,7 +85,7 @@ def export(job: Job, console: Console) -> Path:
     check_request(job)
     version = job.version or next_version(job.repository, job.name)
     target = check_free(job.repository, job.name, version)
-    checkpoint = load_checkpoint(job.checkpoint, job.settings)
+    checkpoint = job.loaded or load_checkpoint(job.checkpoint, job.settings)
     detector = restore_detector(checkpoint, str(job.checkpoint))
     manifest = first_manifest(job, checkpoint, version)
     with staged(job.repository) as folder:
@@ -102,7 +105,7 @@ def export(job: Job, console: Console) -> Path:
         manifest = manifest.model_copy(update={"parity": parity, "golden": golden, "training": training})
         save(model, manifest, path)
         OnnxRuntime(path, provider=job.provider).close()  # the final bytes, through the door that the service uses
-        write_companions(folder, manifest, report, job, metrics)
+        write_companions(folder, manifest, report, job, metrics, state_width(model))
         digest = sha256(path)
         publish(folder, target)
     console.print(f"published {target}\nsha256 {digest}  model.onnx", highlight=False)
@@ -201,12 +204,14 @@ def prove(
         runtime.close()
 
 
-def write_companions(folder: Path, manifest: Manifest, report: Report, job: Job, metrics: Mapping[str, Any]) -> None:
-    """Model card, verification report and Triton's configuration."""
+def write_companions(folder: Path, manifest: Manifest, report: Report, job: Job, metrics: Mapping[str, Any], width: int | None) -> None:
+    """Model card, verification report and Triton's configuration; `width` is that of a dense NMS's masks."""
     size = (folder / "model.onnx").stat().st_size
     (folder / "README.md").write_text(model_card(manifest, job.facts, metrics, job.command, size))
     (folder / "parity.md").write_text(markdown(report, manifest.parity.get("accuracy")))
-    (folder / "config.pbtxt").write_text(triton_config(manifest))
+    (folder / "config.pbtxt").write_text(triton_config(manifest, state_width=width))
+    if width is not None:
+        (folder / "config-continue.pbtxt").write_text(continue_config(manifest, width))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | str | None]:

@@ -46,7 +46,7 @@ def markdown(report: Report, accuracy: Mapping[str, Any] | None = None) -> str:
     lines.append("| " + " | ".join(f"**{cell}**" if cell else "" for cell in _total(report)) + " |")
     lines += [
         "",
-        "Undecided: detections that rounding alone decides, shown by eager PyTorch in fp64, and with weights and layers rounded otherwise in their last digits.",
+        "Undecided: detections that rounding alone decides, as eager PyTorch shows that computes in fp64, or rounds otherwise.",
     ]
     if accuracy is not None:
         lines += ["", "## Accuracy on real pictures", "", accuracy_in_words(accuracy), *_accuracy_table(accuracy)]

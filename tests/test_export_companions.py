@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import onnx
+import onnxruntime as ort
 import pytest
 from google.protobuf import text_format
 from rich.console import Console
@@ -12,8 +14,10 @@ from tritonclient.grpc import model_config_pb2
 
 from export.agreement import Tally
 from export.card import CardFacts, model_card
+from export.certificate import state_width
+from export.graph import GraphOptions, build_graph
 from export.report import markdown, table
-from export.triton import triton_config
+from export.triton import continue_config, triton_config
 from export.verify import CaseResult, Gates, Report
 from service.manifest import Manifest
 from service.runtime import OnnxRuntime
@@ -42,6 +46,39 @@ def test_triton_config_parses_and_means_the_contract(manifest: Manifest, exporte
     assert [list(w.inputs["images"].dims) for w in config.model_warmup] == [[h, w, 3] for h, w in manifest.input.buckets]
     written = (exported.folder / "config.pbtxt").read_text()
     assert text_format.Parse(written, model_config_pb2.ModelConfig()).name == "tiny"
+
+
+def io_of(session: ort.InferenceSession) -> dict[str, tuple[str, list[object]]]:
+    """Every input, required or not, and output as ONNX Runtime reads it: its type and its axes, of which named ones are free."""
+    tensors = [*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs()]
+    return {t.name: (t.type, [side if isinstance(side, int) else -1 for side in t.shape]) for t in tensors}
+
+
+def test_triton_config_of_dense_nms_lists_the_certificate(manifest: Manifest, exported: Exported) -> None:
+    model = build_graph(exported.detector, GraphOptions(nms="dense"))
+    width = state_width(model)
+    assert width == len(exported.detector.config.anchors.sizes) * 100 + 200
+    assert state_width(onnx.load(exported.file)) is None
+    known = io_of(ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]))
+    types = model_config_pb2.DataType
+    onnx_types = {
+        types.TYPE_FP32: "tensor(float)",
+        types.TYPE_INT64: "tensor(int64)",
+        types.TYPE_UINT8: "tensor(uint8)",
+        types.TYPE_BOOL: "tensor(bool)",
+    }
+    batching = text_format.Parse(triton_config(manifest, state_width=width), model_config_pb2.ModelConfig())
+    for tensor in [*batching.input, *batching.output]:
+        dims = list(tensor.reshape.shape) if tensor.HasField("reshape") else list(tensor.dims)
+        assert (onnx_types[tensor.data_type], [-1, *dims]) == known[tensor.name], "the graph's axes behind the batch"
+    assert {tensor.name for tensor in batching.output} == known.keys() - {"images", "image_sizes_hw", "nms_start"}
+    assert not any(tensor.optional for tensor in batching.input), "Triton's backend refuses those of a batching model"
+
+    whole = text_format.Parse(continue_config(manifest, width), model_config_pb2.ModelConfig())
+    assert (whole.name, whole.max_batch_size) == ("tiny-continue", 0)
+    listed = {tensor.name: (onnx_types[tensor.data_type], list(tensor.dims)) for tensor in [*whole.input, *whole.output]}
+    assert listed == known
+    assert [tensor.name for tensor in whole.input if tensor.optional] == ["nms_start"]
 
 
 def test_card_says_what_people_ask(exported: Exported) -> None:
