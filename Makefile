@@ -42,7 +42,7 @@ bench: .venv/.ready  ## our service beside other servers on one simulated device
 	$(DEV) -m benchmarks.serving $(ARGS)
 
 soak: .venv/.ready  ## good, bad, slow and vanishing clients with reloads for SOAK_MINUTES (30)
-	$(DEV) -m pytest -m soak tests/test_service_soak.py
+	$(DEV) -m benchmarks.soak --json benchmarks/results/soak.json --plot benchmarks/results/soak.png
 
 screenshots: .venv/.ready  ## take the pictures of the README anew
 	$(DEV) docs/screenshots.py
