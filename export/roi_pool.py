@@ -54,7 +54,7 @@ def pool_by_products(detector: FasterRCNN) -> None:
     assert isinstance(body, TwoFC)
     size = config.pool_size
     columns = body.fc6.weight.reshape(body.fc6.out_features, -1, size, size)  # [hidden, C, y, x]
-    body.fc6.weight = nn.Parameter(columns.permute(0, 3, 2, 1).flatten(1), requires_grad=False)  # [hidden, x * y * C]
+    body.fc6.weight = nn.Parameter(columns.permute(0, 3, 1, 2).flatten(1), requires_grad=False)  # [hidden, x * C * y]
     detector.pool = _product_pooling
 
 
@@ -71,17 +71,17 @@ def products_pay(detector: FasterRCNN, stride: int) -> bool:
 
 
 def _product_pooling(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
-    """RoIAlign `[B * R, x, y, C]`: transposed, channels last."""
+    """RoIAlign `[B * R, x, C, y]`: one product with the columns for all RoIs, then one with its rows for each."""
     feature = at_least_fp32(features[0])
     batch, channels, map_h, map_w = feature.shape
     scaled = rois * (1.0 / (padded_hw[0] // map_h))
     rows = _sampling(scaled[..., 1], scaled[..., 3], map_h, config)  # [B, R, s, H]
     columns = _sampling(scaled[..., 0], scaled[..., 2], map_w, config)  # [B, R, s, W]
-    by_column = feature.permute(0, 3, 2, 1).reshape(batch, map_w, map_h * channels)
-    squeezed = torch.matmul(columns.flatten(1, 2), by_column)  # [B, R * s, H * C]
-    squeezed = squeezed.reshape(batch, rois.shape[1], config.pool_size, map_h, channels)
-    pooled = torch.matmul(rows[:, :, None], squeezed)  # [B, R, x, y, C]
-    return pooled.flatten(0, 1).to(features[0].dtype)
+    by_column = feature.permute(0, 3, 1, 2).reshape(batch, map_w, channels * map_h)
+    squeezed = torch.matmul(columns.flatten(1, 2), by_column)  # [B, R * s, C * H]
+    squeezed = squeezed.reshape(batch, rois.shape[1], config.pool_size * channels, map_h)
+    pooled = torch.matmul(squeezed, rows.transpose(2, 3))  # [B, R, x * C, y]
+    return pooled.reshape(-1, config.pool_size, channels, config.pool_size).to(features[0].dtype)
 
 
 def _sampling(start: Tensor, end: Tensor, cells: int, config: RoIConfig) -> Tensor:

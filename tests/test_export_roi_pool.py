@@ -84,7 +84,7 @@ def test_products_equal_roi_align(kind: Literal["align", "align_legacy"], hw: tu
     boxes[:, :3] = 0.0
     config = RoIConfig(pool=kind, canonical_level=-99)
     expected = roi_align(feature, with_index(boxes), 7, spatial_scale=1 / 32, sampling_ratio=2, aligned=kind == "align")
-    pooled = _product_pooling([feature, feature], boxes, hw, config).permute(0, 3, 2, 1)
+    pooled = _product_pooling([feature, feature], boxes, hw, config).permute(0, 2, 3, 1)
     torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pool_on_canvas([feature, feature], boxes, hw, config), expected, atol=0, rtol=0)
 
