@@ -45,7 +45,7 @@ PICTURES = 40
 GOOD_PAUSE_S, BAD_PAUSE_S, VANISHED_PAUSE_S = 0.05, 0.1, 0.2
 SIDES = (20, 1200)
 """Shortest and longest side of a good picture."""
-PIECE_BYTES, PIECE_PAUSE_S = 400, 0.05
+PIECES, PIECE_BYTES, PIECE_PAUSE_S = 40, 1000, 0.05
 OCTETS = {"content-type": "application/octet-stream"}
 
 
@@ -135,7 +135,7 @@ async def bad_client(run: Run) -> None:
 
 async def slow_client(run: Run) -> None:
     """A good picture, a piece at a time."""
-    data = encode_picture(random.Random(2))[: PIECE_BYTES * 100]
+    data = encode_picture(random.Random(2))[: PIECE_BYTES * PIECES]
 
     async def pieces() -> Any:
         for at in range(0, len(data), PIECE_BYTES):

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from numpy.typing import NDArray
 
 mpl.use("agg")
 
@@ -19,11 +20,12 @@ ALLOWED = {"good": {"200"}, "bad": {"400", "413", "415", "422"}, "slow": {"200",
 SETTLED = 1 / 3
 """The share of a run in which caches fill and the allocator learns; slopes are of what follows."""
 GROWTH_MB, GROWTH_MB_AN_HOUR = 10.0, 15.0
-"""Memory may grow by noise, and beyond it by no more than so much."""
+"""Beyond what the scatter explains, memory may grow by no more than so much."""
 RISE = 1.5
 """The last third's median latency over the first third's, at most."""
 BINS = 60
 
+Column = NDArray[np.float64]
 Series = Sequence[tuple[float, float]]
 """(seconds since the start, value)."""
 
@@ -39,7 +41,7 @@ def summary(answers: Mapping[str, Counter[str]], vanished: int, latency_s: Serie
     ]
     if not answers["good"]:
         faults.append("no good client was answered")
-    if memory["growth_mb"] > GROWTH_MB + GROWTH_MB_AN_HOUR * memory["hours"]:
+    if memory["growth_mb"] - memory["uncertain_mb"] > GROWTH_MB + GROWTH_MB_AN_HOUR * memory["hours"]:
         faults.append(f"resident memory grew by {memory['growth_mb']} MB")
     if latency["last_over_first"] > RISE:
         faults.append(f"median latency rose to {latency['last_over_first']} times what it was")
@@ -63,7 +65,7 @@ def judge_memory(resident_mb: Series) -> dict[str, float]:
     later = times >= SETTLED * times.max(initial=0.0)
     times, sizes = times[later], sizes[later]
     hours = float(np.ptp(times)) / 3600 if len(times) else 0.0
-    slope = float(np.polyfit(times / 3600, sizes, 1)[0]) if len(times) > 2 else 0.0
+    slope, uncertain = _line(times / 3600, sizes)
     return {
         "samples": len(resident_mb),
         "median": round(float(np.median(sizes)), 1) if len(sizes) else 0.0,
@@ -71,6 +73,7 @@ def judge_memory(resident_mb: Series) -> dict[str, float]:
         "slope_mb_an_hour": round(slope, 2),
         "hours": round(hours, 4),
         "growth_mb": round(slope * hours, 2),
+        "uncertain_mb": round(uncertain * hours, 2),
     }
 
 
@@ -119,7 +122,16 @@ def draw_report(found: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _columns(series: Series) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
+def _line(x: Column, y: Column) -> tuple[float, float]:
+    """Slope of the least squares' line, and twice its standard error."""
+    if len(x) < 3:
+        return 0.0, 0.0
+    slope, offset = np.polyfit(x, y, 1)
+    scatter = float(np.sum((y - slope * x - offset) ** 2)) / (len(x) - 2)
+    return float(slope), 2 * (scatter / float(np.sum((x - x.mean()) ** 2))) ** 0.5
+
+
+def _columns(series: Series) -> tuple[Column, Column]:
     table = np.array(series, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 

@@ -18,7 +18,7 @@ from service.auth import KeyRing, read_keys
 from service.head import HeadMiddleware
 from service.health import EXIT_DEVICE_LOST, EXIT_NO_MODEL, Health
 from service.images import ImageLimits
-from service.inference import make_run
+from service.inference import make_steps
 from service.loading import Loader, from_runtime, open_onnx, require_models
 from service.metrics import Metrics
 from service.middleware import BodyLimitMiddleware, ContextMiddleware, DirectMiddleware, KeyMiddleware
@@ -116,7 +116,7 @@ def _make_parts(settings: Settings, runtime: Runtime | None) -> Parts:
     )
     watch_queue(scheduler, metrics)
     metrics.devices.set_function(lambda: float(scheduler.devices))
-    repository = Repository(loader, scheduler, metrics, lambda loaded: make_run(loaded, metrics), max_batch_size=settings.max_batch_size)
+    repository = Repository(loader, scheduler, metrics, lambda loaded: make_steps(loaded, metrics), max_batch_size=settings.max_batch_size)
     pipeline = Pipeline(
         scheduler,
         metrics,

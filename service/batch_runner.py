@@ -13,11 +13,13 @@ from service.errors import DeadlineExceeded, InferenceFailed
 
 log = logging.getLogger(__name__)
 
-Run = Callable[[int, Sequence[Any]], Sequence[Any]]
-"""(device index, items of one lane) -> one result an item, in order. Called on the device's own thread.
+Run = Callable[[int, Any], Sequence[Any]]
+"""(device index, items of one lane, or what was assembled of them) -> one result an item, in order. Called on the device's own thread.
 
 It may raise DeviceOutOfMemory or DeviceLost; any other exception is taken for a bad item, which is then searched for.
 """
+Assemble = Callable[[int, Sequence[Any]], Any]
+"""(device index, items of one lane) -> what the lane's run callable takes in their place, on the same thread. It may raise as Run may."""
 Outcome = tuple[Entry, Any]
 """An entry with its Answer or the error to raise."""
 
@@ -69,9 +71,21 @@ class BatchRunner:
         self._observer = observer
         self._clock = clock
         self._post = post
+        self._held: dict[int, list[Outcome]] = {}
+
+    def answer(self, device: int) -> None:
+        """Post what the device's last batch gave. Called by the device's thread when it has new work or none."""
+        outcomes = self._held.pop(device, None)
+        if outcomes:
+            self._post(outcomes)
 
     def run(self, batch: Batch) -> None:
-        """Run a batch; if it fails its halves, and if one of those fails its images one by one: only the guilty one gets the error."""
+        """Run a batch; if it fails its halves, and if one of those fails its images one by one: only the guilty one gets the error.
+
+        The outcomes of the last run are held until `answer`. To write answers keeps the event loop, and with it Python's lock, for
+        milliseconds on end; whoever assembles the next batch then waits for the lock at every copy while the device idles. So the next
+        batch is assembled first.
+        """
         self._tell(
             self._observer.batch_formed, batch.lane.key, len(batch.entries), [batch.started - entry.arrived for entry in batch.entries]
         )
@@ -86,14 +100,17 @@ class BatchRunner:
             if not pieces:
                 with self._lock:
                     self._queue.finish(batch, now=self._clock())
-            self._post(outcomes)
+                self.answer(batch.device)  # everybody of this batch may have left before it was assembled
+                self._held[batch.device] = outcomes
+            else:
+                self._post(outcomes)
 
     def _attempt(self, batch: Batch, entries: list[Entry]) -> list[Outcome] | None:
         """One call of the device: an outcome for each entry, or None if the entries are to be split and tried again."""
         lane, size = batch.lane, len(entries)
         begun = self._clock()
         try:
-            results = lane.run(batch.device, [entry.item for entry in entries])
+            results = lane.run(batch.device, self._assemble(batch, entries))
             if len(results) != size:
                 raise RuntimeError(f"the runtime gave {len(results)} results for {size} images")
         except DeviceLost:
@@ -109,6 +126,13 @@ class BatchRunner:
             (entry, too_late("while it ran") if entry.is_late(ended) else Answer(result, batch.started - entry.arrived, run_s, size))
             for entry, result in zip(entries, results, strict=True)
         ]
+
+    def _assemble(self, batch: Batch, entries: list[Entry]) -> Any:
+        items = [entry.item for entry in entries]
+        try:
+            return items if batch.lane.assemble is None else batch.lane.assemble(batch.device, items)
+        finally:
+            self.answer(batch.device)
 
     def _failed(self, batch: Batch, entries: list[Entry], error: Exception) -> list[Outcome] | None:
         lane, size = batch.lane, len(entries)

@@ -18,7 +18,7 @@ from service.images import Prepared, assemble
 from service.loading import LoadedVersion
 from service.metrics import Metrics
 from service.runtime import Detections, OnnxRuntime
-from service.scheduler import Run
+from service.scheduler import Assemble, Run
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +32,37 @@ class ImageDetections:
     labels: NDArray[np.int64]  # [N], 1..K
 
 
-def make_run(loaded: LoadedVersion, metrics: Metrics) -> Run:
-    """The callable that the scheduler gives batches of this version to."""
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A batch as the runtime takes it: images [B, H, W, 3] and their sizes [B, 2]."""
 
-    def run(device: int, items: Sequence[Prepared]) -> list[ImageDetections | InferenceFailed]:
+    images: NDArray[np.uint8]
+    image_sizes_hw: NDArray[np.int64]
+
+
+def make_steps(loaded: LoadedVersion, metrics: Metrics) -> tuple[Assemble, Run]:
+    """The two callables by which the scheduler runs batches of this version."""
+
+    def join(device: int, items: Sequence[Prepared]) -> Assembled:
         started = time.perf_counter()
         runtime = loaded.runtimes[device]
         images, image_sizes_hw = assemble(items, runtime.input_buffer if isinstance(runtime, OnnxRuntime) else None)
-        assembled = time.perf_counter()
-        detections = runtime.run(images, image_sizes_hw)
-        metrics.stage_seconds["assemble"].observe(assembled - started)
-        metrics.stage_seconds["infer"].observe(time.perf_counter() - assembled)
+        metrics.stage_seconds["assemble"].observe(time.perf_counter() - started)
         metrics.batch_padding_ratio.observe(1.0 - float(image_sizes_hw.prod(axis=1).sum()) / (images.size / 3))
-        results = split(detections, len(items))
+        return Assembled(images, image_sizes_hw)
+
+    def run(device: int, batch: Assembled) -> list[ImageDetections | InferenceFailed]:
+        started = time.perf_counter()
+        detections = loaded.runtimes[device].run(batch.images, batch.image_sizes_hw)
+        metrics.stage_seconds["infer"].observe(time.perf_counter() - started)
+        results = split(detections, len(batch.images))
         bad = sum(isinstance(result, InferenceFailed) for result in results)
         if bad:
             metrics.device_errors["bad_output"].inc(bad)
-            logger.error("%s@%s gave numbers that are no detections for %d of %d images", loaded.name, loaded.version, bad, len(items))
+            logger.error("%s@%s gave numbers that are no detections for %d of %d images", loaded.name, loaded.version, bad, len(results))
         return results
 
-    return run
+    return join, run
 
 
 def split(detections: Detections, count: int) -> list[ImageDetections | InferenceFailed]:

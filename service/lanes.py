@@ -63,6 +63,7 @@ class Lane:
     group: Group
     costs: BatchCosts
     run: Any
+    assemble: Any = None
     waiting: tuple[OrderedDict[Entry, None], OrderedDict[Entry, None]] = field(default_factory=lambda: (OrderedDict(), OrderedDict()))
     running: int = 0
     closed: bool = False

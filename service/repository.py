@@ -17,14 +17,14 @@ from service.errors import LoadFailed, ModelNotFound, NotReady
 from service.loading import MODEL_FILE, LoadedVersion, Loader, NoModel, find_models, parse_reference
 from service.manifest import Bucket, Manifest
 from service.metrics import Metrics
-from service.scheduler import Run, Scheduler
+from service.scheduler import Assemble, Run, Scheduler
 
 logger = logging.getLogger(__name__)
 
 DRIFT_MARGIN = 4.0
 """How much slower than its warm-up a device may get before the queue's own estimate is asked."""
 
-MakeRun = Callable[[LoadedVersion], Run]
+MakeSteps = Callable[[LoadedVersion], tuple[Assemble, Run]]
 _serials = itertools.count(1)
 
 
@@ -85,11 +85,13 @@ class ServedVersion:
 class Repository:
     """The versions in service, by name and by name@version."""
 
-    def __init__(self, loader: Loader | None, scheduler: Scheduler, metrics: Metrics, make_run: MakeRun, *, max_batch_size: int) -> None:
+    def __init__(
+        self, loader: Loader | None, scheduler: Scheduler, metrics: Metrics, make_steps: MakeSteps, *, max_batch_size: int
+    ) -> None:
         self._loader = loader
         self._scheduler = scheduler
         self._metrics = metrics
-        self._make_run = make_run
+        self._make_steps = make_steps
         self._max_batch_size = max_batch_size
         self._active: dict[str, ServedVersion] = {}
         self._default: str | None = None
@@ -177,10 +179,10 @@ class Repository:
     def enter(self, loaded: LoadedVersion, *, group: str) -> ServedVersion:
         """Open the version's lanes, without making it anybody's default."""
         served = ServedVersion(loaded)
-        run = self._make_run(loaded)
+        assemble, run = self._make_steps(loaded)
         for bucket in loaded.manifest.input.buckets:
-            costs = loaded.bucket_costs(bucket)
-            self._scheduler.add_lane(served.lane(bucket), run, costs=costs, max_batch_size=self._max_batch_size, group=group)
+            costs, key = loaded.bucket_costs(bucket), served.lane(bucket)
+            self._scheduler.add_lane(key, run, costs=costs, max_batch_size=self._max_batch_size, group=group, assemble=assemble)
         self._metrics.model_info.labels(loaded.name, loaded.version, loaded.sha256, loaded.provider).set(1)
         self._metrics.model_load_seconds.observe(loaded.load_seconds)
         fields = {"model": loaded.name, "version": loaded.version, "provider": loaded.provider, "seconds": round(loaded.load_seconds, 3)}

@@ -650,3 +650,75 @@ def test_device_errors_and_cancellations_at_any_point_lose_and_repeat_nothing(
         assert sum(recorder.left.values()) <= len(cancel)
 
     scheduled(test, devices=devices)
+
+
+def test_the_next_batch_is_assembled_before_the_last_one_is_answered() -> None:
+    """And answered before it runs: who asked must not wait for a neighbour's batch."""
+
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        device = HeldDevice()
+        steps: list[Any] = []
+        direct = scheduler._loop.call_soon_threadsafe
+
+        def noted(callback: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+            if callback == scheduler._settle:
+                steps.append(("answered", [outcome.result for _, outcome in args[0]]))
+            return direct(callback, *args, **keywords)
+
+        def assemble(_device: int, items: Sequence[Any]) -> list[Any]:
+            steps.append(("assembled", list(items)))
+            return [item + 100 for item in items]
+
+        scheduler.add_lane("a", device.run, costs=COSTS, max_batch_size=1, assemble=assemble)
+        scheduler._loop.call_soon_threadsafe = noted
+        futures = [scheduler.submit("a", item) for item in (1, 2)]
+        assert await device.begun.get() == [101]
+        device.let()
+        assert await device.begun.get() == [102]
+        assert (await futures[0]).result == 202  # while the second one runs
+        device.let()
+        assert await outcomes(futures) == [202, 204]
+        assert steps == [("assembled", [1]), ("assembled", [2]), ("answered", [202]), ("answered", [204])]
+
+    scheduled(test)
+
+
+@pytest.mark.parametrize("fault", [ValueError("bad"), DeviceLost("gone")])
+def test_a_fault_while_assembling_loses_no_answer_of_the_batch_before(fault: Exception) -> None:
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        device = HeldDevice()
+
+        def assemble(_device: int, items: Sequence[Any]) -> list[Any]:
+            if 2 in items:
+                raise fault
+            return list(items)
+
+        scheduler.add_lane("a", device.run, costs=COSTS, max_batch_size=1, assemble=assemble)
+        futures = [scheduler.submit("a", item) for item in (1, 2)]
+        assert await device.begun.get() == [1]
+        device.let()
+        expected = NotReady if isinstance(fault, DeviceLost) else InferenceFailed
+        assert await outcomes(futures) == [2, expected]
+
+    scheduled(test)
+
+
+def test_an_image_that_cannot_be_assembled_spares_its_neighbours() -> None:
+    async def test(scheduler: Scheduler, recorder: Recorder) -> None:
+        device = HeldDevice()
+        device.let(20)
+
+        def assemble(_device: int, items: Sequence[Any]) -> list[Any]:
+            if 3 in items:
+                raise ValueError("bad")
+            return list(items)
+
+        held = threading.Event()
+        scheduler.add_lane(
+            "a", lambda _device, items: held.wait(PATIENCE_S) and device.run(0, items), costs=COSTS, max_batch_size=8, assemble=assemble
+        )
+        futures = [scheduler.submit("a", item) for item in range(6)]
+        held.set()
+        assert await outcomes(futures) == [0, 2, 4, InferenceFailed, 8, 10]
+
+    scheduled(test)
