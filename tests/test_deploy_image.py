@@ -264,16 +264,15 @@ def train_trains_and_exports(image: Image, folder: Path) -> None:
     """Under torchrun, as the Kubernetes Job starts it: two processes here."""
     write_voc(folder / "data", {"train": 4, "val": 2})
     (folder / "runs").mkdir()
-    os.chown(folder / "runs", USER, USER)
-    mounts = ["--ro-bind", folder / "data", "/data", "--bind", folder / "runs", "/runs"]
+    mounts = ["--ro-bind", folder / "data", "/tmp/data", "--bind", folder / "runs", "/tmp/runs"]
     inside = image.sandbox(*mounts, "--setenv", "OMP_NUM_THREADS", "1")
     settings = ("training.batch_size=2", "training.workers=0", "training.epochs=1")
     torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "model.train"]
-    trained = run([*inside, *torchrun, *arguments(Path("/data"), Path("/runs/one"), *settings, options=("--resume-if-present",))])
+    trained = run([*inside, *torchrun, *arguments(Path("/tmp/data"), Path("/tmp/runs/one"), *settings, options=("--resume-if-present",))])
     assert trained.returncode == 0, trained.stderr[-3000:]
     for module in ("model.train", "export"):
         assert "usage:" in run([*inside, *image.config["Entrypoint"], module, "--help"]).stdout
-    export = [*image.config["Entrypoint"], "export", "/runs/one/last.pt", "--name", "scenes", "--repository", "/runs/models"]
+    export = [*image.config["Entrypoint"], "export", "/tmp/runs/one/last.pt", "--name", "scenes", "--repository", "/tmp/runs/models"]
     exported = run([*inside, *export, "--allow-unmeasured"], seconds=900)
     assert exported.returncode == 0, exported.stdout[-1500:] + exported.stderr[-1500:]
     assert (folder / "runs" / "models" / "scenes" / "1" / "model.onnx").is_file()
