@@ -25,6 +25,7 @@ THEIR_ONNX = "torchvision's own ONNX export"
 OURS_EAGER = "ours, eager"
 OURS = "ours, ONNX Runtime"
 SERVED = "ours, as the service runs it"
+INT8 = "ours, int8 on ONNX Runtime"
 THEIR_OPSET = 17
 BLAMED_LINES = 1
 """Of a library's message about why it cannot do something, this many lines say enough."""
@@ -185,6 +186,7 @@ def gather(
     *,
     files: dict[str, Path],
     without: frozenset[str] = frozenset(),
+    to_int8: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Run], dict[str, str], onnx.ModelProto]:
     """Everybody who can take part, warmed by the example; who cannot, with the reason; and our graph.
@@ -192,6 +194,7 @@ def gather(
     Args:
         files: further files with the graph contract, by the name to show.
         without: names to leave out.
+        to_int8: makes an int8 graph of ours; None leaves that contender out.
     """
     progress(f"exporting {pair.name}")
     graph = our_graph(pair, device)
@@ -202,6 +205,7 @@ def gather(
         OURS_EAGER: lambda: our_eager(pair, device),
         OURS: lambda: exported(graph.SerializeToString(), device),
         SERVED: lambda: exported(graph.SerializeToString(), device, spinning=False),
+        **({} if to_int8 is None else {INT8: lambda: exported(to_int8(graph).SerializeToString(), device)}),
         **{name: lambda path=path: exported(str(path), device) for name, path in files.items()},  # type: ignore[misc]  # mypy cannot infer it
     }
     runs: dict[str, Run] = {}

@@ -57,34 +57,33 @@ class Sample:
     float_picture: Tensor  # [3, h, w], 0..1
 
 
-def build_pair(name: str, weights: Path | None = None, *, proposals: int | None = None) -> Pair:
+def build_pair(name: str, weights: Path | None = None) -> Pair:
     """Both networks in eval mode.
 
     Args:
         weights: a torchvision state dict; None draws random ones.
-        proposals: RoIs an image, instead of the network's own number.
     """
     torch.manual_seed(0)
-    limits: dict[str, Any] = {}
-    if proposals is not None:
-        limits = {"rpn_post_nms_top_n_test": proposals, "rpn_pre_nms_top_n_test": max(proposals, 1000)}
-    theirs: nn.Module = getattr(detection, f"fasterrcnn_{name}")(weights=None, weights_backbone=None, **limits).eval()
+    theirs: nn.Module = getattr(detection, f"fasterrcnn_{name}")(weights=None, weights_backbone=None).eval()
     if weights is not None:
         theirs.load_state_dict(load_state(weights))
     else:
         enliven(theirs)
-    config = with_proposals(PRESETS[name](COCO_CLASSES).detector, proposals)
-    ours = build_detector(config).eval()
+    ours = build_detector(PRESETS[name](COCO_CLASSES).detector).eval()
     load_torchvision(ours, theirs.state_dict(), "torchvision's network")
     return Pair(name, theirs, ours, weights.name if weights else "random")
 
 
-def with_proposals(config: DetectorConfig, proposals: int | None) -> DetectorConfig:
-    """The same network with another number of RoIs an image."""
-    if proposals is None:
-        return config
+def with_proposals(pair: Pair, proposals: int) -> Pair:
+    """The same networks and weights with another number of RoIs an image."""
+    limits = {"rpn_post_nms_top_n_test": proposals, "rpn_pre_nms_top_n_test": max(proposals, 1000)}
+    theirs: nn.Module = getattr(detection, f"fasterrcnn_{pair.name}")(weights=None, weights_backbone=None, **limits).eval()
+    theirs.load_state_dict(pair.theirs.state_dict())
+    config = pair.ours.config
     rpn = replace(config.rpn, post_nms_top_n_test=proposals, pre_nms_top_n_test=max(proposals, 1000))
-    return replace(config, rpn=rpn)
+    ours = build_detector(replace(config, rpn=rpn)).eval()
+    ours.load_state_dict(pair.ours.state_dict())
+    return Pair(pair.name, theirs, ours, pair.weights)
 
 
 @torch.no_grad()

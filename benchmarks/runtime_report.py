@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from rich.table import Table
 
+from benchmarks.runtime_contenders import INT8
+
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -24,11 +26,25 @@ def speed_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("network", "contender", "ms a picture", "fastest", "times torchvision", "aim")]
     for row in rows:
         for who, seconds in row["seconds"].items():
-            aim = f"{row['aim']:.1f}" if row["aim"] and who == row["judged"] else ""
+            aim = f"{row['aim']:.1f}" if row["aim"] and who == row["judged"] else _int8_words(row) if who == INT8 else ""
             times = (f"{seconds * 1e3:.1f}", f"{row['fastest'][who] * 1e3:.1f}", f"{row['ratio'][who]:.2f}")
             lines.append((row["network"], who, *times, aim))
         lines += [(row["network"], who, "-", "-", "-", f"cannot: {reason}") for who, reason in row["cannot"].items()]
     return lines
+
+
+def _int8_words(row: dict[str, Any]) -> str:
+    aim = f", aim {row['int8_aim']:.1f}" if row["int8_aim"] else ""
+    return f"{row['int8_times_fp32']:.2f} times fp32{aim}"
+
+
+def trained_sentence(trained: dict[str, Any]) -> str:
+    """int8 of a trained network: what it gains and what it loses."""
+    ms, ap = {kind: f"{1e3 * value:.1f}" for kind, value in trained["seconds"].items()}, trained["ap"]
+    return (
+        f"A trained network in int8, calibrated on {trained['calibrated_on']} pictures: {ms['int8']} ms a picture, in fp32 {ms['fp32']} "
+        f"({trained['times_fp32']:.2f} times as fast); AP {ap['int8']:.4f}, in fp32 {ap['fp32']:.4f}, on {trained['pictures']} pictures."
+    )
 
 
 def part_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -61,6 +77,8 @@ def markdown(result: dict[str, Any]) -> str:
     sections.append("## One picture at a time\n\n" + _markdown_table(speed_rows(result["rows"])))
     words = [f"{row['network']}: {', '.join(map(str, row['proposals']))} proposals" for row in result["rows"]]
     sections.append("In the pictures, one after the other: " + "; ".join(words) + ".")
+    if "trained" in result:
+        sections.append("## int8 of a trained network\n\n" + trained_sentence(result["trained"]))
     sections.append("## Where the time goes\n\n" + f"Peaks: {result['peak']}.\n\n" + _markdown_table(part_rows(result["rows"])))
     for name, points in result.get("sweeps", {}).items():
         lines = [(SWEEPS[name], "ours, ms an image", "torchvision eager, ms an image")]
@@ -68,6 +86,8 @@ def markdown(result: dict[str, Any]) -> str:
         sections.append(f"## {result['sweep_network']}: {SWEEPS[name]}\n\n" + _markdown_table(lines))
     if "nms_depth" in result:
         sections.append(_depth_section(result["nms_depth"]))
+    if result["left_out"]:
+        sections.append(f"Not measured, for want of time: {', '.join(result['left_out'])}.")
     return "\n\n".join(sections) + "\n"
 
 

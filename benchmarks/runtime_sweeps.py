@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.runtime_contenders import Device, Run, exported, our_graph, their_eager
-from benchmarks.runtime_networks import Sample, build_pair, full_bucket
+from benchmarks.runtime_networks import Sample, build_pair, full_bucket, with_proposals
 from export.job import input_spec
 from model.checkpoint import load_detector
 from model.data.formats import open_dataset
@@ -57,7 +57,7 @@ def sweep(
         found["short side"].append({"x": side, **_both(ours, theirs, full_bucket(bucket), rounds)})
     for count in plan.proposals:
         progress(f"{count} proposals")
-        limited = build_pair(network, weights, proposals=count)
+        limited = with_proposals(pair, count)
         model = our_graph(limited, device).SerializeToString()
         _unlimited(limited.theirs, plan.bucket)
         found["proposals"].append(

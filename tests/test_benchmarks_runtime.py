@@ -15,8 +15,9 @@ from tiny_detector import tiny_detector
 
 from benchmarks import runtime_sweeps
 from benchmarks.runtime import main
-from benchmarks.runtime_contenders import EAGER, OURS, SERVED, CannotTakePart, Device, gather, open_session
-from benchmarks.runtime_networks import Pair, build_pair, filled_slots, full_bucket, read_pictures, samples_of
+from benchmarks.runtime_contenders import EAGER, INT8, OURS, SERVED, CannotTakePart, Device, gather, open_session
+from benchmarks.runtime_int8 import trained_in_int8
+from benchmarks.runtime_networks import Pair, build_pair, filled_slots, full_bucket, read_pictures, samples_of, with_proposals
 from benchmarks.runtime_parts import PARTS, Peak, cpu_peak, gpu_peak, label, parts_of, post_processing_share
 from benchmarks.runtime_report import markdown, speed_rows
 from export.pictures import smear, street
@@ -140,7 +141,9 @@ def test_random_networks_fill_their_slots_and_find_things() -> None:
         answer = pair.ours(torch.from_numpy(sample.images), torch.from_numpy(sample.image_sizes_hw))
     assert answer.num_detections[0] > 20
     assert filled_slots(pair, [sample]) == [pytest.approx(150, abs=10)]
-    assert build_pair(SMALLEST, proposals=20).ours.config.rpn.post_nms_top_n_test == 20
+    limited = with_proposals(pair, 20)
+    assert filled_slots(limited, [sample]) == [20]
+    assert limited.theirs.rpn.post_nms_top_n() == 20  # type: ignore[operator,union-attr]
 
 
 def test_who_cannot_take_part_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -172,9 +175,11 @@ def result() -> dict[str, object]:
     row = {
         "network": "toy",
         "proposals": [7, 9],
-        "seconds": {EAGER: 0.2, OURS: 0.1},
-        "fastest": {EAGER: 0.19, OURS: 0.09},
-        "ratio": {EAGER: 1.0, OURS: 2.0},
+        "seconds": {EAGER: 0.2, OURS: 0.1, INT8: 0.04},
+        "fastest": {EAGER: 0.19, OURS: 0.09, INT8: 0.039},
+        "ratio": {EAGER: 1.0, OURS: 2.0, INT8: 5.0},
+        "int8_times_fp32": 2.5,
+        "int8_aim": 2.0,
         "judged": OURS,
         "aim": 3.0,
         "cannot": {"torch.compile": "no compiler | here"},
@@ -184,15 +189,79 @@ def result() -> dict[str, object]:
     facts = dict.fromkeys(("machine", "device", "threads", "rounds", "torch", "torchvision", "onnxruntime", "weights", "note", "peak"), "x")
     depth = {"pictures": 2, "unequal": 0, "proposals": {"6": 8}, "detections": {"2": 1, "3": 1}}
     points = [{"x": 1, "ours": 5.0, "torchvision": 9.0}, {"x": 2, "ours": 4.0}]
-    return {**facts, "rows": [row], "sweeps": {"batch": points}, "sweep_network": "toy", "nms_depth": depth}
+    trained = {
+        "pictures": 4,
+        "calibrated_on": 3,
+        "seconds": {"fp32": 0.06, "int8": 0.03},
+        "times_fp32": 2.0,
+        "ap": {"fp32": 0.63, "int8": 0.629},
+    }
+    more = {"trained": trained, "left_out": ["a part"]}
+    return {**facts, **more, "rows": [row], "sweeps": {"batch": points}, "sweep_network": "toy", "nms_depth": depth}
 
 
 def test_report_says_who_won_and_who_could_not() -> None:
     lines = speed_rows(result()["rows"])  # type: ignore[arg-type]
     assert ("toy", OURS, "100.0", "90.0", "2.00", "3.0") in lines
+    assert ("toy", INT8, "40.0", "39.0", "5.00", "2.50 times fp32, aim 2.0") in lines
     text = markdown(result())
-    for expected in ("cannot: no compiler / here", "| 6 | 8 | 0 |", "| 2 | 4.0 | - |", "post-processing", "toy: 7, 9 proposals"):
+    for expected in (
+        "cannot: no compiler / here",
+        "| 6 | 8 | 0 |",
+        "| 2 | 4.0 | - |",
+        "post-processing",
+        "toy: 7, 9 proposals",
+        "30.0 ms a picture",
+        "time: a part",
+    ):
         assert expected in text
+
+
+def with_canned_rows(monkeypatch: pytest.MonkeyPatch, *, fail_at: int) -> None:
+    """Measuring a network gives the same row at once; the one at `fail_at` is interrupted."""
+    count = 0
+
+    def measured(*_: object) -> object:
+        nonlocal count
+        count += 1
+        if count == fail_at:
+            raise KeyboardInterrupt
+        return result()["rows"][0]  # type: ignore[index]
+
+    monkeypatch.setattr("benchmarks.runtime.measure", measured)
+    monkeypatch.setattr("benchmarks.runtime.build_pair", lambda *_: None)
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_canned_rows(monkeypatch, fail_at=2)
+    assert main(["--threads", "1", "--without", "sweeps", "--out", str(tmp_path)]) == 130
+    assert len(json.loads((tmp_path / "runtime.json").read_text())["rows"]) == 1
+    assert "Interrupted" in (tmp_path / "runtime.md").read_text()
+    assert (tmp_path / "runtime.png").stat().st_size > 10_000
+
+
+def test_no_part_begins_after_the_minutes_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_canned_rows(monkeypatch, fail_at=-1)
+    networks = ["mobilenet_v3_large_320_fpn", "mobilenet_v3_large_fpn"]
+    assert main(["--threads", "1", "--minutes", "1e-9", "--networks", *networks, "--without", "sweeps", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "runtime.json").read_text())
+    assert (len(written["rows"]), written["left_out"]) == (1, [networks[1]])
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_a_trained_network_in_both_precisions(tmp_path: Path) -> None:
+    for name, draw in (("a.png", street), ("b.png", smear)):
+        Image.fromarray(draw((90, 120), seed=1)).save(tmp_path / name)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("image,xmin,ymin,xmax,ymax,class\na.png,5,5,60,50,red\nb.png,9,8,70,60,white\n")
+    checkpoint, said = save_tiny(tmp_path / "tiny.pt"), []
+    found = trained_in_int8(checkpoint, tmp_path, "test", Device(), 1, 2, said.append)
+    assert (found["pictures"], found["calibrated_on"]) == (2, 2)
+    assert found["seconds"].keys() == found["ap"].keys() == {"fp32", "int8"}
+    assert found["times_fp32"] == pytest.approx(found["seconds"]["fp32"] / found["seconds"]["int8"])
+    assert any("int8 on 2 pictures" in sentence for sentence in said)
 
 
 @pytest.mark.timeout(900)  # half a minute of computing, which a busy machine stretches
@@ -202,7 +271,7 @@ def test_whole_run_on_tiny_pictures(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "runtime.json").read_text())
     row = written["rows"][0]
     assert row["cannot"] == {}
-    assert row["seconds"].keys() == {EAGER, OURS, SERVED, "ours, eager", "torchvision's own ONNX export"}
+    assert row["seconds"].keys() == {EAGER, OURS, SERVED, INT8, "ours, eager", "torchvision's own ONNX export"}
     assert row["ratio"][EAGER] == 1.0
     assert sum(part["share"] for part in row["parts"]) == pytest.approx(1.0)
     assert all(part["nodes"] > 0 for part in row["parts"])
