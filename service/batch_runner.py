@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from service.batch_queue import Batch, BatchQueue, Entry, LaneKey, Phase
 from service.device_errors import DeviceLost, DeviceOutOfMemory
-from service.errors import DeadlineExceeded, InferenceFailed
+from service.errors import InferenceFailed
+from service.refusals import too_late
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,3 @@ def _blame(error: Exception) -> InferenceFailed:
     failure = InferenceFailed("the device failed on this image alone; other images are served, try this one in another encoding")
     failure.__cause__ = error
     return failure
-
-
-def too_late(when: str) -> DeadlineExceeded:
-    return DeadlineExceeded(f"the request's time ran out {when}; allow more with timeout_ms or send less at once")

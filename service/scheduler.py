@@ -23,10 +23,11 @@ from typing import Any
 
 from service.batch_costs import BatchCosts
 from service.batch_queue import Batch, BatchQueue, LaneKey, Phase, Priority, Snapshot
-from service.batch_runner import Answer, Assemble, BatchRunner, Observer, Outcome, Run, too_late
+from service.batch_runner import Answer, Assemble, BatchRunner, Observer, Outcome, Run
 from service.device_errors import DeviceLost, DeviceOutOfMemory
-from service.errors import DetectorError, Draining, NotReady
-from service.tickets import Expected, Ticket, refuse
+from service.errors import DetectorError
+from service.refusals import batch_lost, device_lost, draining, not_started, too_late
+from service.tickets import DeadlineTimer, Expected, Ticket, refuse
 
 __all__ = [
     "Answer",
@@ -85,13 +86,13 @@ class Scheduler:
         self._work = threading.Condition(self._lock)
         self._runner = BatchRunner(self._queue, self._lock, self._observer, clock, self._post)
         self._idle_threads = 0
-        self._refusal: Callable[[], DetectorError] | None = _not_started
+        self._refusal: Callable[[], DetectorError] | None = not_started
         self._stopped = False
         self._threads = [
             threading.Thread(target=self._serve, args=(device,), name=f"device-{device}", daemon=True) for device in range(devices)
         ]
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = DeadlineTimer(clock, self._expire)
         self._expected = Expected()
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
@@ -147,7 +148,7 @@ class Scheduler:
     async def drain(self) -> None:
         """Accept nothing more (submit raises Draining) and wait until everything accepted is answered."""
         with self._lock:
-            self._refusal = self._refusal or _draining
+            self._refusal = self._refusal or draining
         await self._until(lambda: self._stopped or self._queue.idle())
 
     async def close(self, *, grace_s: float = 10.0) -> bool:
@@ -156,19 +157,18 @@ class Scheduler:
         A thread that hangs in its device is left behind; it does not keep the process alive.
         """
         with self._lock:
-            self._refusal = self._refusal or _draining
+            self._refusal = self._refusal or draining
             self._stopped = True
             waiting = self._queue.clear(running=False)
             self._work.notify_all()
-        self._settle([(entry, _draining()) for entry in waiting])
-        self._expected.refuse(_draining)
+        self._settle([(entry, draining()) for entry in waiting])
+        self._expected.refuse(draining)
         end = time.monotonic() + grace_s
         started = [thread for thread in self._threads if thread.ident is not None]
         for thread in started:
             await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
         await asyncio.sleep(0)  # results that the threads posted last are delivered before this returns
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         return not any(thread.is_alive() for thread in started)
 
     # Requests
@@ -254,13 +254,13 @@ class Scheduler:
 
     def _make_ticket(self, deadline: float | None) -> Ticket:
         if self._refusal is not None or self._loop is None:
-            raise (self._refusal or _not_started)()
+            raise (self._refusal or not_started)()
         return Ticket(self._loop.create_future(), deadline)
 
     def _watch(self, ticket: Ticket) -> None:
         ticket.future.add_done_callback(partial(self._on_done, ticket))
         if ticket.deadline is not None:
-            self._arm_timer(ticket.deadline)
+            self._timer.arm(ticket.deadline)
 
     def _on_done(self, ticket: Ticket, future: asyncio.Future[Answer]) -> None:
         if not future.cancelled():
@@ -283,18 +283,7 @@ class Scheduler:
                 future.set_result(outcome)
         self._wake_waiters()
 
-    def _arm_timer(self, deadline: float) -> None:
-        """One timer for all deadlines: it stands at the earliest one it was told of."""
-        assert self._loop is not None
-        delay_s = max(0.0, deadline - self._clock())
-        if self._timer is not None:
-            if self._timer.when() <= self._loop.time() + delay_s:
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_later(delay_s, self._expire)
-
     def _expire(self) -> None:
-        self._timer = None
         now = self._clock()
         with self._lock:
             late = self._queue.expire(now)
@@ -303,7 +292,7 @@ class Scheduler:
         self._expected.refuse(lambda: too_late("before the image was ready"), before=now)
         deadlines = [deadline for deadline in (following, self._expected.next_deadline()) if deadline is not None]
         if deadlines:
-            self._arm_timer(min(deadlines))
+            self._timer.arm(min(deadlines))
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition on the queue holds; it is looked at after each delivery."""
@@ -364,9 +353,9 @@ class Scheduler:
         with self._lock:
             entries = self._queue.lose(device)
             left = self._queue.devices
-            refusal = _batch_lost if left else _device_lost
+            refusal = batch_lost if left else device_lost
             if not left:
-                self._refusal = _device_lost
+                self._refusal = device_lost
                 self._stopped = True
                 entries += self._queue.clear(running=True)
                 self._work.notify_all()
@@ -374,19 +363,3 @@ class Scheduler:
         self._post([(entry, refusal()) for entry in entries])
         if self._on_device_lost is not None and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._on_device_lost, device, error, left)
-
-
-def _not_started() -> NotReady:
-    return NotReady("the scheduler has not started; ask again in a moment", retry_after_s=1.0)
-
-
-def _draining() -> Draining:
-    return Draining("this replica is shutting down and takes no new images; ask another one or try again", retry_after_s=1.0)
-
-
-def _batch_lost() -> NotReady:
-    return NotReady("the device that held this image is lost; other devices go on, send it again", retry_after_s=1.0)
-
-
-def _device_lost() -> NotReady:
-    return NotReady("the device of this replica is lost; ask another replica or try again after its restart", retry_after_s=5.0)

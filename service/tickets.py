@@ -52,3 +52,31 @@ def refuse(tickets: Iterable[Ticket], error: Callable[[], Exception]) -> None:
     for ticket in tickets:
         if not ticket.future.done():
             ticket.future.set_exception(error())
+
+
+class DeadlineTimer:
+    """One timer for all deadlines: it stands at the earliest one it was told of. Belongs to the event loop's thread."""
+
+    def __init__(self, clock: Callable[[], float], expire: Callable[[], None]) -> None:
+        """Take the clock of the deadlines, in seconds, and what is called when the earliest has passed."""
+        self._clock = clock
+        self._expire = expire
+        self._handle: asyncio.TimerHandle | None = None
+
+    def arm(self, deadline: float) -> None:
+        """See that `expire` is called no later than soon after this deadline."""
+        loop = asyncio.get_running_loop()
+        delay_s = max(0.0, deadline - self._clock())
+        if self._handle is not None:
+            if self._handle.when() <= loop.time() + delay_s:
+                return
+            self._handle.cancel()
+        self._handle = loop.call_later(delay_s, self._ring)
+
+    def cancel(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def _ring(self) -> None:
+        self._handle = None
+        self._expire()
