@@ -116,8 +116,8 @@ def _per_level(values: Sequence[float | int], levels: Tensor, like: Tensor) -> T
 def _align(feature: Tensor, rois: Tensor, scale: float, config: RoIConfig) -> Tensor:
     """RoIAlign in at least fp32: a coordinate of 300 is only known to 2 pixels in bf16."""
     exact = at_least_fp32(feature)
-    learns_on_cpu = torch.is_grad_enabled() and exact.requires_grad and exact.device.type == "cpu"
-    align = sparse_roi_align if learns_on_cpu else roi_align
+    traced = torch.compiler.is_compiling()  # an exported graph holds the operator itself
+    align = sparse_roi_align if exact.device.type == "cpu" and not traced else roi_align
     indexed = _with_batch_index(rois).to(exact.dtype)
     pooled: Tensor = align(exact, indexed, config.pool_size, scale, config.sampling_ratio, config.pool == "align")
     return pooled.to(feature.dtype)

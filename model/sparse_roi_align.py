@@ -1,8 +1,8 @@
-"""RoIAlign as one sparse matrix over the map's cells, for training on CPUs.
+"""RoIAlign as one sparse matrix over the map's cells, for CPUs.
 
 Each bin is a weighted mean of at most (2 r)^2 cells, so pooling is A x with a sparse A `[N s^2, B H W]`, and its gradient is A^T g. On
-one core the gradient takes a seventh of torchvision's time, which walks channel by channel through scattered additions, and it arrives
-channels last, as the convolutions before it want it.
+one core the product takes a quarter to a third of torchvision's time and its gradient a seventh, since torchvision walks channel by
+channel through scattered reads and additions; both are channels last, as the convolutions want it.
 
 N RoIs, s the pooled size, r samples a bin and axis, (H, W) the map's size, C its channels.
 """
@@ -75,8 +75,10 @@ def _axis(start: Tensor, end: Tensor, length: int, size: int, ratio: int, aligne
     extent = end - start
     if not aligned:
         extent = extent.clamp(min=1.0)
-    samples = size * ratio
-    at = start[:, None] + extent[:, None] * ((torch.arange(samples, dtype=start.dtype) + 0.5) / samples)
+    bin_extent = (extent / size)[:, None, None]  # the order of torchvision's operations, so that both round alike
+    bins = torch.arange(size, dtype=start.dtype)[:, None]
+    within = torch.arange(ratio, dtype=start.dtype) + 0.5
+    at = (start[:, None, None] + bins * bin_extent + within * bin_extent / ratio).flatten(1)  # [N, s * r]
     inside = ((at >= -1.0) & (at <= length)).to(start.dtype) / ratio
     at = at.clamp(0, length - 1)
     low = at.to(torch.int64)

@@ -86,7 +86,8 @@ def test_products_equal_roi_align(kind: Literal["align", "align_legacy"], hw: tu
     expected = roi_align(feature, with_index(boxes), 7, spatial_scale=1 / 32, sampling_ratio=2, aligned=kind == "align")
     pooled = _product_pooling([feature, feature], boxes, hw, config).permute(0, 2, 3, 1)
     torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(pool_on_canvas([feature, feature], boxes, hw, config), expected, atol=0, rtol=0)
+    # the eager network sums in another order on a CPU: rounding of fp32 remains
+    torch.testing.assert_close(pool_on_canvas([feature, feature], boxes, hw, config), expected, atol=2e-6, rtol=0)
 
 
 def test_a_coarse_single_map_is_pooled_by_products_with_the_same_answers() -> None:
