@@ -77,7 +77,7 @@ class BatchRunner:
     def answer(self, device: int) -> None:
         """Post what the device's last batch gave. Called by the device's thread when it has new work or none."""
         outcomes = self._held.pop(device, None)
-        if outcomes:
+        if outcomes is not None:
             self._post(outcomes)
 
     def run(self, batch: Batch) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from service.batch_costs import BatchCosts
 from service.batch_queue import Batch, BatchQueue, LaneKey, Phase, Priority, Snapshot
 from service.batch_runner import Answer, Assemble, BatchRunner, Observer, Outcome, Run
+from service.conditions import Conditions
 from service.device_errors import DeviceLost, DeviceOutOfMemory
 from service.errors import DetectorError
 from service.refusals import batch_lost, device_lost, draining, not_started, too_late
@@ -94,7 +95,7 @@ class Scheduler:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer = DeadlineTimer(clock, self._expire)
         self._expected = Expected()
-        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._conditions = Conditions(self._lock)
 
     # Life
 
@@ -139,7 +140,7 @@ class Scheduler:
         with self._lock:
             for key in keys:
                 self._queue.close_lane(key)
-        await self._until(lambda: self._stopped or all(self._queue.lane_idle(key) for key in keys))
+        await self._conditions.until(lambda: self._stopped or all(self._queue.lane_idle(key) for key in keys))
         with self._lock:
             for key in keys:
                 if self._queue.lane_idle(key):
@@ -149,7 +150,7 @@ class Scheduler:
         """Accept nothing more (submit raises Draining) and wait until everything accepted is answered."""
         with self._lock:
             self._refusal = self._refusal or draining
-        await self._until(lambda: self._stopped or self._queue.idle())
+        await self._conditions.until(lambda: self._stopped or self._queue.idle())
 
     async def close(self, *, grace_s: float = 10.0) -> bool:
         """Stop: what waits is refused with Draining, what runs may finish within `grace_s`. Returns whether every thread ended.
@@ -269,7 +270,7 @@ class Scheduler:
             phase = self._queue.withdraw(ticket.entry) if ticket.entry is not None else "queued"
         if phase != "done":
             self._observer.cancelled(phase)
-        self._wake_waiters()
+        self._conditions.look()
 
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
         """Deliver a batch: the only way by which answers reach their futures."""
@@ -281,7 +282,7 @@ class Scheduler:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
-        self._wake_waiters()
+        self._conditions.look()
 
     def _expire(self) -> None:
         now = self._clock()
@@ -293,25 +294,6 @@ class Scheduler:
         deadlines = [deadline for deadline in (following, self._expected.next_deadline()) if deadline is not None]
         if deadlines:
             self._timer.arm(min(deadlines))
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition on the queue holds; it is looked at after each delivery."""
-        with self._lock:
-            if condition():
-                return
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append((condition, waiter))
-        await waiter
-
-    def _wake_waiters(self) -> None:
-        if not self._waiters:
-            return
-        with self._lock:
-            met = [waiter for condition, waiter in self._waiters if waiter.done() or condition()]
-            self._waiters = [pair for pair in self._waiters if pair[1] not in met]
-        for waiter in met:
-            if not waiter.done():
-                waiter.set_result(None)
 
     # On a device's thread
 
@@ -340,7 +322,7 @@ class Scheduler:
 
     def _post(self, outcomes: list[Outcome]) -> None:
         """Hand outcomes to the event loop, all in one call."""
-        if not outcomes and not self._waiters:
+        if not outcomes and not self._conditions:
             return
         assert self._loop is not None
         try:

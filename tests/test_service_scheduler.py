@@ -475,7 +475,7 @@ def test_a_lane_whose_last_client_left_is_removed_though_the_device_is_busy() ->
         waiting.cancel()
         await removing
         assert not running.done()
-        assert not scheduler._waiters
+        assert not scheduler._conditions
         device.let()
         await running
 
