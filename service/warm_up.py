@@ -82,5 +82,8 @@ def _timed_run(runtime: Runtime, images: NDArray[np.uint8], sizes_hw: NDArray[np
 
 
 def _grey(bucket: Bucket, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A batch [size, H, W, 3] of grey pictures that fill their bucket, and their sizes [size, 2]."""
+    """A batch [size, H, W, 3] of grey pictures that fill their bucket, and their sizes [size, 2].
+
+    The graph has fixed numbers of proposals, so grey costs what a photograph full of cells does: 111 against 113 ms with the demo.
+    """
     return np.full((size, *bucket, 3), 114, np.uint8), np.tile(np.array([bucket], np.int64), (size, 1))
