@@ -8,18 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from PIL import Image
 from rich.console import Console
 from tiny_detector import BUCKETS, CLASS_NAMES, Exported, save_tiny
 
 from export.__main__ import main
+from export.graph import ExportError
 from export.job import GateFailed, Job, export, flat
 from export.version import VersionExistsError
+from model.checkpoint import Checkpoint, load_checkpoint
+from model.faster_rcnn import FasterRCNN
 from service.manifest import parse_manifest
 from service.runtime import OnnxRuntime
 
@@ -172,3 +177,37 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_flat_joins_keys_and_drops_nan() -> None:
     assert flat({"a": {"b": 1, "c": float("nan")}, "d": None, "e": "x"}) == {"a/b": 1.0, "a/c": None, "d": None, "e": "x"}
+
+
+def test_the_checkpoint_is_read_once(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Calibration needs its class names before the job starts; the job then takes what was read, settings included."""
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "picture.png")
+    read: list[Path] = []
+
+    def reading(path: Path, settings: Sequence[str] = ()) -> Checkpoint:
+        read.append(path)
+        return load_checkpoint(path, settings)
+
+    def stop(detector: FasterRCNN, _options: object) -> None:
+        raise ExportError(f"far enough, at {detector.config.roi.nms_thresh}")
+
+    monkeypatch.setattr("export.__main__.load_checkpoint", reading)
+    monkeypatch.setattr("export.job.load_checkpoint", reading)
+    monkeypatch.setattr("export.job.build_graph", stop)
+    command = [
+        str(exported.checkpoint),
+        "--name",
+        "tiny",
+        "--repository",
+        str(tmp_path / "models"),
+        "--set",
+        "detector.roi.nms_thresh=0.61",
+    ]
+    quantised = [*command, "--precision", "int8", "--calibrate", str(tmp_path), "--allow-unmeasured"]
+    for arguments in (command, quantised):
+        read.clear()
+        assert main(arguments) == 1
+        assert "far enough, at 0.61" in capsys.readouterr().err
+        assert read == [exported.checkpoint]
