@@ -137,6 +137,8 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
     buildah = Buildah(folder, _storage_driver(folder))
     _make_base(buildah)
     yield buildah
+    if (storage := folder / "storage" / "overlay").is_mount():  # the overlay driver leaves it mounted on itself
+        subprocess.run(["umount", storage], check=True)
     shutil.rmtree(folder)
 
 
