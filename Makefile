@@ -8,7 +8,7 @@ DEV := .venv/bin/python
 INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help serve coco test test-slow test-image train export bench soak screenshots lint format up requirements
+.PHONY: help serve coco test test-slow test-image test-ray test-full-size train export bench soak screenshots lint format up requirements
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -29,8 +29,14 @@ test: .venv/.ready  ## the tests that CI runs
 test-slow: .venv/.ready  ## the proofs that take minutes
 	$(DEV) -m pytest -m "slow and not gpu"
 
-test-image: .venv/.ready  ## build and start the CPU image without Docker (root; Debian's buildah, debootstrap, bubblewrap)
+test-image: .venv/.ready  ## build and start every image without Docker (20 minutes, 30 GB; root; Debian's buildah, debootstrap, bubblewrap)
 	$(DEV) -m pytest -m slow tests/test_deploy_image.py
+
+test-ray: .venv-ray/.ready  ## two replicas under Ray Serve, one of them killed under load
+	.venv-ray/bin/python -m pytest -m slow tests/test_deploy_ray.py
+
+test-full-size: .venv/.ready  ## export every network at its own size, one after the other (hours; one: ARGS="-k resnet50_c4")
+	FULL_SIZE=1 OMP_NUM_THREADS=1 $(DEV) -m pytest -m slow tests/test_export_full_size.py $(ARGS)
 
 train: .venv/.ready  ## train on your data: make train ARGS="--data FOLDER --out runs/mine"
 	$(DEV) -m model.train $(ARGS)
@@ -67,4 +73,9 @@ requirements: .venv/.ready  ## compile requirements/*.txt anew from pyproject.to
 .venv/.ready: requirements/dev.txt
 	$(PYTHON) -m venv .venv
 	$(DEV) $(INSTALL) -r $<
+	touch $@
+
+.venv-ray/.ready: requirements/test-ray.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python $(INSTALL) -r $<
 	touch $@

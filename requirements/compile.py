@@ -15,6 +15,7 @@ JOBS = {
     "load": ["load"],
     "bench": ["service", "cpu", "load", "peers"],
     "ray": ["service", "cpu", "ray"],
+    "test-ray": ["service", "cpu", "load", "ray", "test-ray"],
     "sbom": ["sbom"],
 }
 """File name -> dependency groups."""

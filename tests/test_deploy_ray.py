@@ -1,4 +1,4 @@
-"""Ray Serve: two replicas on this machine, one killed under load. Minutes, and Ray's packages: `make test-slow` with the group `ray`."""
+"""Ray Serve: two replicas on this machine, one killed under load. Seven minutes, and Ray's packages: `make test-ray`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One short run of benchmarks.ray_serve, in a process of its own: Ray leaves threads and warnings behind."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("no Ray in this environment; install requirements/ray.txt")
+        pytest.skip("no Ray in this environment: make test-ray")
     file: Path = tmp_path_factory.mktemp("ray") / "ray.json"
     command = [sys.executable, "-m", "benchmarks.ray_serve", "--seconds", "9", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=800)
