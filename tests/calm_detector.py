@@ -49,9 +49,9 @@ def calm_detector(config: DetectorConfig, seed: int = 0) -> FasterRCNN:
     for layer in [*detector.rpn.convs, *(part for part in detector.head.body.modules() if isinstance(part, nn.Linear))]:
         _spread(detector, layer, 1.0, 0.3)
     _look_away(detector, detector.rpn.cls_logits, slice(None), deviation=2.0, flat=-8.0)
-    _spread(detector, detector.rpn.bbox_pred, 0.1, 0.0)
+    _spread(detector, detector.rpn.bbox_pred, 0.03, 0.0)
     _look_away(detector, detector.head.cls_score, slice(1, None), deviation=2.5, flat=-8.0)
-    _spread(detector, detector.head.bbox_pred, 0.2, 0.0)
+    _spread(detector, detector.head.bbox_pred, 0.1, 0.0)
     detector.config = config
     return detector
 
