@@ -15,6 +15,8 @@ mpl.use("agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.trend import trend
+
 ALLOWED = {"good": {"200"}, "bad": {"400", "413", "415", "422"}, "slow": {"200", "422"}, "reload": {"200"}}
 """By kind of client; a slow one's picture may be cut off."""
 SETTLED = 1 / 3
@@ -65,7 +67,7 @@ def judge_memory(resident_mb: Series) -> dict[str, float]:
     later = times >= SETTLED * times.max(initial=0.0)
     times, sizes = times[later], sizes[later]
     hours = float(np.ptp(times)) / 3600 if len(times) else 0.0
-    slope, uncertain = _line(times / 3600, sizes)
+    slope, uncertain = trend(times / 3600, sizes)
     return {
         "samples": len(resident_mb),
         "median": round(float(np.median(sizes)), 1) if len(sizes) else 0.0,
@@ -120,15 +122,6 @@ def draw_report(found: Mapping[str, Any], path: Path) -> None:
     below.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _line(x: Column, y: Column) -> tuple[float, float]:
-    """Slope of the least squares' line, and twice its standard error."""
-    if len(x) < 3:
-        return 0.0, 0.0
-    slope, offset = np.polyfit(x, y, 1)
-    scatter = float(np.sum((y - slope * x - offset) ** 2)) / (len(x) - 2)
-    return float(slope), 2 * (scatter / float(np.sum((x - x.mean()) ** 2))) ** 0.5
 
 
 def _columns(series: Series) -> tuple[Column, Column]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from service_onnx import write_model
 
@@ -51,6 +52,14 @@ def test_memory_levels_off_or_grows_to_the_end() -> None:
     leaking = memory([100.0 + 10 * number for number in range(30)])
     assert leaking["slope_mb_a_reload"] == pytest.approx(10)
     assert not leaking["levels_off"]
+
+
+@pytest.mark.parametrize(("growth", "levels_off"), [(0.0, True), (1.0, False)])
+def test_a_leak_is_told_from_scatter(growth: float, levels_off: bool) -> None:
+    scatter = np.random.default_rng(3).uniform(-45, 45, 100)
+    found = memory([260 + growth * number + float(noise) for number, noise in enumerate(scatter)])
+    assert 0.2 < found["uncertain_mb_a_reload"] < 0.6
+    assert found["levels_off"] is levels_off
 
 
 def test_reloads_of_a_small_model_fail_no_request(tmp_path: Path) -> None:
