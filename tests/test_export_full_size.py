@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def prove(arguments: list[str], folder: Path, name: str, capsys: pytest.CaptureF
     assert json.loads((folder / "audit.json").read_text())["measured"] is True
     said = {key: manifest.parity[key] for key in ("matched", "missed", "extra", "undecided", "max_box_px", "max_score")}
     with capsys.disabled():
-        print(f"\n{name}: {seconds:.0f} s, {file.stat().st_size / 1e6:.1f} MB, {said}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of the process so far: alone with -k
+        print(f"\n{name}: {seconds:.0f} s, file {file.stat().st_size / 1e6:.1f} MB, at most {peak:.1f} GiB of memory, {said}")
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
