@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROIS_A_PRODUCT = 32
+"""And thread: their 1.6 MB of pooled features (256 channels, 7 x 7 bins) stay in a cache, which makes the product a third faster than all at once."""
+ROIS_A_GRADIENT = 128
+"""Rows are reordered and the matrix is transposed for so many at a time: half the time of all at once, and some 60 MB less for 1024 RoIs."""
+
 
 def sparse_roi_align(feature: Tensor, rois: Tensor, output_size: int, spatial_scale: float, sampling_ratio: int, aligned: bool) -> Tensor:
     """What torchvision's `roi_align` gives, `[N, C, s, s]`, differentiable in the features.
@@ -34,25 +39,37 @@ class _SparseRoIAlign(torch.autograd.Function):
         ctx: Any, feature: Tensor, rois: Tensor, output_size: int, spatial_scale: float, sampling_ratio: int, aligned: bool
     ) -> Tensor:
         cells, weights = _bins(rois, feature.shape, output_size, spatial_scale, sampling_ratio, aligned)
-        starts = torch.arange(cells.shape[0] + 1) * cells.shape[1]
-        ctx.save_for_backward(starts, cells.flatten(), weights.flatten())
-        ctx.shape, ctx.output_size = feature.shape, output_size
+        ctx.save_for_backward(cells, weights)
+        ctx.shape, ctx.bins = feature.shape, output_size**2
         channels = feature.shape[1]
         rows = feature.permute(0, 2, 3, 1).reshape(-1, channels)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # the layout is in beta, torch says once
-            matrix = torch.sparse_csr_tensor(starts, cells.flatten(), weights.flatten(), (len(cells), len(rows)), check_invariants=False)
-        pooled = (matrix @ rows).reshape(-1, output_size, output_size, channels)
-        return pooled.permute(0, 3, 1, 2)
+        pooled = rows.new_empty(len(cells), channels)
+        for part in _parts(len(cells), ROIS_A_PRODUCT * torch.get_num_threads() * ctx.bins):
+            pooled[part] = _matrix(cells[part], weights[part], len(rows)) @ rows
+        return pooled.reshape(-1, output_size, output_size, channels).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        starts, cells, weights = ctx.saved_tensors
+        cells, weights = ctx.saved_tensors
         batch, channels, height, width = ctx.shape
-        rows = grad.permute(0, 2, 3, 1).reshape(-1, channels)
-        transposed = torch.sparse_csc_tensor(starts, cells, weights, (batch * height * width, len(rows)), check_invariants=False)
-        back = (transposed @ rows).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return back, None, None, None, None, None
+        back = grad.new_zeros(batch * height * width, channels)
+        for part in _parts(len(cells), ROIS_A_GRADIENT * ctx.bins):
+            rois = grad[part.start // ctx.bins : part.stop // ctx.bins]
+            rows = rois.permute(0, 2, 3, 1).reshape(-1, channels)
+            back.addmm_(_matrix(cells[part], weights[part], len(back)).t(), rows)
+        return back.reshape(batch, height, width, channels).permute(0, 3, 1, 2), None, None, None, None, None
+
+
+def _parts(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _matrix(cells: Tensor, weights: Tensor, columns: int) -> Tensor:
+    """Sparse `[M, columns]`: each row has its weights `[M, K]` at its cells `[M, K]`."""
+    starts = torch.arange(cells.shape[0] + 1) * cells.shape[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # the layout is in beta, torch says once
+        return torch.sparse_csr_tensor(starts, cells.flatten(), weights.flatten(), (len(cells), columns), check_invariants=False)
 
 
 def _bins(rois: Tensor, shape: torch.Size, size: int, scale: float, ratio: int, aligned: bool) -> tuple[Tensor, Tensor]:
