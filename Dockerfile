@@ -73,6 +73,8 @@ COPY --from=bill-train /python.cdx.json /usr/share/sbom/python.cdx.json
 COPY service/ service/
 COPY model/ model/
 COPY export/ export/
+# A checkpoint and a model card name the commit that they came from; an image holds no checkout to ask.
+ENV SOURCE_REVISION=${REVISION}
 USER 10001:10001
 ENTRYPOINT ["python", "-m"]
 CMD ["model.train", "--help"]

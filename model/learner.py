@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.data.loader import Batch
 from model.faster_rcnn import FasterRCNN, Targets
-from model.host_memory import keep_freed_memory
+from model.freed_memory import keep_freed_memory
 from model.optimization import MovingAverage, build_optimizer, set_learning_rate
 from model.processes import Processes
 from model.training import TrainConfig

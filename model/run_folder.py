@@ -147,12 +147,12 @@ def command_line() -> str:
 
 
 def git_commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; empty outside a checkout."""
+    """The checkout's commit, with "+changes" where files differ from it; outside a checkout what SOURCE_REVISION says, as in an image."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.environ.get("SOURCE_REVISION", "")
 
 
 def _git(*arguments: str) -> str:

@@ -74,13 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = train(options)
     except (DataError, TrainingError, CheckpointError, OSError, ValueError) as error:  # OSError: a full disk, too
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     finally:
         stop_processes()
     if outcome.message:
         print(outcome.message)
     return 0 if outcome.finished else INTERRUPTED
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} cannot be written or read by this user; give a folder of your own with --out, or change its rights"
+    return str(error)
 
 
 def train(options: argparse.Namespace) -> Outcome:

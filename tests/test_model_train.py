@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 
 from model.checkpoint import load_checkpoint, load_detector
 from model.data.synthetic import write_voc
+from model.run_folder import RunFolder
 from model.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,3 +232,16 @@ def test_mistakes_get_a_sentence(
 def test_an_old_run_is_not_overwritten(data: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(data, whole_run)) == 1
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Raised by hand: the administrator, who runs tests in a container, may write everywhere."""
+
+    def refuse(_folder: RunFolder) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/srv/runs")
+
+    monkeypatch.setattr(RunFolder, "create", refuse)
+    assert main(arguments(data, tmp_path / "run")) == 1
+    assert "/srv/runs cannot be written" in capsys.readouterr().err

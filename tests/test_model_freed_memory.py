@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
-from model.host_memory import keep_freed_memory
+from model.freed_memory import keep_freed_memory
 
 FAULTS = """
 import resource, sys
-from model.host_memory import keep_freed_memory
+from model.freed_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def use():
