@@ -1,7 +1,8 @@
 """Pictures that this project draws: deterministic, of any size, with many objects, few, one pixel, or none.
 
-Every function answers with RGB `uint8 [H, W, 3]`. They look enough like photographs (shading, texture, soft edges) for a trained network
-to answer with boxes of every score, which is what a comparison of two runtimes needs.
+Every function answers with RGB `uint8 [H, W, 3]`. Scenes look enough like photographs (shading, grain, soft edges) for a trained network
+to answer with boxes of every score, which is what a comparison of two runtimes needs. Without grain all places of a flat region score
+alike, and rounding alone would choose among them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 Picture = NDArray[np.uint8]
+
+GRAIN = 3
+"""Levels of grey up and down, of each pixel."""
 
 
 def smear(hw: tuple[int, int], seed: int, *, cells: int = 24) -> Picture:
@@ -32,7 +36,7 @@ def smear(hw: tuple[int, int], seed: int, *, cells: int = 24) -> Picture:
             _disc(draw, x + rng.normal(0, radius * 0.4), y + rng.normal(0, radius * 0.4), radius * 0.8, (102, 62, 142))
     for _ in range(max(1, cells // 6)):
         _disc(draw, rng.uniform(0, width), rng.uniform(0, height), radius * 0.28, (142, 98, 172))
-    return np.asarray(canvas.filter(ImageFilter.GaussianBlur(max(0.6, 0.004 * min(hw)))), dtype=np.uint8)
+    return _grained(canvas.filter(ImageFilter.GaussianBlur(max(0.6, 0.004 * min(hw)))), rng)
 
 
 def street(hw: tuple[int, int], seed: int, *, blocks: int = 16) -> Picture:
@@ -47,7 +51,7 @@ def street(hw: tuple[int, int], seed: int, *, blocks: int = 16) -> Picture:
         x, y = rng.uniform(-0.05, 0.95) * width, rng.uniform(0.2, 0.95) * height
         draw.rectangle((x, y, x + w, y + h), fill=_colour(rng), outline=_colour(rng))
         draw.rectangle((x + 0.2 * w, y + 0.2 * h, x + 0.45 * w, y + 0.5 * h), fill=_colour(rng))
-    return np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.uint8)
+    return _grained(canvas.filter(ImageFilter.GaussianBlur(0.6)), rng)
 
 
 def noise(hw: tuple[int, int], seed: int) -> Picture:
@@ -65,6 +69,13 @@ def one_pixel(hw: tuple[int, int]) -> Picture:
     picture = blank(hw, 0)
     picture[hw[0] // 3, hw[1] // 3] = 255
     return picture
+
+
+def _grained(canvas: Image.Image, rng: np.random.Generator) -> Picture:
+    """The same grain in all three channels, as a sensor's noise looks after a camera has reduced its colour."""
+    picture = np.asarray(canvas, dtype=np.int16)
+    grain = rng.integers(-GRAIN, GRAIN + 1, (*picture.shape[:2], 1))
+    return np.clip(picture + grain, 0, 255).astype(np.uint8)
 
 
 def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]) -> None:
