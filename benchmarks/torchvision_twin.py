@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import detection
@@ -21,8 +23,10 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, roi_pool
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from export.pictures import street
 from model.backbones.zf import ZF
 from model.config import DetectorConfig
+from model.weights import BOOKKEEPING
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -39,6 +43,7 @@ MOBILE_TAPS = {
 }
 VGG_STAGES = (0, 5, 10, 17, 24, 30)
 SINGLE_MAP_STRIDE = 16
+START_HW = (192, 256)
 
 
 class TwinError(ValueError):
@@ -107,6 +112,45 @@ def check_twin(ours: nn.Module, theirs: nn.Module) -> None:
     for what, counted in (("parameters", _parameters), ("learning parameters", _learning)):
         if counted(ours) != counted(theirs):
             raise TwinError(f"the sides are not the same network: {counted(ours)} {what} here, {counted(theirs)} in torchvision's")
+
+
+def share_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give one side the weights and statistics of the other: random networks that differ bring different numbers of proposals, and of RoIs.
+
+    Both register their layers in the same order, body to predictor.
+
+    Raises:
+        TwinError: a weight has another shape on the other side.
+    """
+    given = [(name, value) for name, value in source.state_dict().items() if not name.endswith(BOOKKEEPING)]
+    taken = [(name, value) for name, value in target.state_dict().items() if not name.endswith(BOOKKEEPING)]
+    for (name, value), (place_name, place) in zip_longest(given, taken, fillvalue=("nothing", torch.empty(0))):
+        if value.shape != place.shape:
+            raise TwinError(f"{name} {tuple(value.shape)} of one side stands where the other has {place_name} {tuple(place.shape)}")
+        place.copy_(value)  # the entries of a state dict share the network's memory
+
+
+@torch.no_grad()
+def start_calmly(twin: nn.Module, config: DetectorConfig) -> None:
+    """Set the statistics of all norms, in place, from one drawn picture, layer after layer.
+
+    Random weights behind frozen norms otherwise shrink a picture to 10^-8 (MobileNets) or blow it up to 10^5 (ResNet-101), and either
+    way all anchors of a level score alike.
+    """
+    norms = [module for module in twin.modules() if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    pixels = torch.from_numpy(street(START_HW, seed=0)).permute(2, 0, 1)[None] / 255
+    maps = twin.get_submodule("backbone").eval()((pixels - 0.45) / 0.225)
+    channels, size = maps["0"].shape[1], config.roi.pool_size
+    pooled = torch.randn(8, channels, size, size, generator=torch.Generator().manual_seed(0)).relu()
+    twin.get_submodule("roi_heads.box_head").eval()(pooled)
+    for hook in hooks:
+        hook.remove()
+
+
+def _take_statistics(norm: Any, inputs: tuple[Tensor]) -> None:
+    norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+    norm.running_var.copy_(inputs[0].var((0, 2, 3)) + 1e-3)
 
 
 def _parameters(network: nn.Module) -> int:

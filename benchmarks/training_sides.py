@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.torchvision_twin import check_twin, torchvision_twin
+from benchmarks.torchvision_twin import check_twin, share_weights, start_calmly, torchvision_twin
 from model.config import DetectorConfig
 from model.data.formats import open_dataset
 from model.data.images import pad_batch, padded_hw, read_rgb, resized_hw
@@ -86,7 +86,6 @@ def _stride(length: float) -> int:
 def serve_side(side: str, task: Task, connection: Connection) -> None:
     """Answers the parent: ("train", steps) -> (seconds, waited, loss), ("infer", pictures) -> seconds, ("memory",) -> bytes."""
     torch.set_num_threads(task.threads)
-    torch.manual_seed(0)
     try:
         turns = (OurSide if side == "ours" else TorchvisionSide)(task)
         connection.send(("ready", turns.parameters))
@@ -139,6 +138,13 @@ class _Side(ABC):
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
+    def starting_twin(self) -> nn.Module:
+        """Torchvision's network with the random weights that both sides begin with."""
+        torch.manual_seed(0)
+        twin = torchvision_twin(self.config)
+        start_calmly(twin, self.config)
+        return twin
+
     parameters: int
 
     @abstractmethod
@@ -167,11 +173,12 @@ class OurSide(_Side):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.learner = Learner(build_detector(self.config), task.train_config(), self.processes)
-        self.parameters = sum(p.numel() for p in self.learner.detector.parameters())
-        with torch.device("meta"):  # counted, not held: this process's peak memory is our side's own
-            twin = torchvision_twin(self.config)
-        check_twin(self.learner.detector, twin)
+        detector, twin = build_detector(self.config), self.starting_twin()
+        check_twin(detector, twin)
+        share_weights(twin, detector)
+        del twin  # this process's peak memory is our side's own
+        self.learner = Learner(detector, task.train_config(), self.processes)
+        self.parameters = sum(p.numel() for p in detector.parameters())
 
     def batches(self) -> Iterator[Any]:
         return training_batches(self.dataset, self.config.input, self.task.train_config(), pin_memory=self.device.type == "cuda")
@@ -195,7 +202,7 @@ class TorchvisionSide(_Side):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.model = torchvision_twin(self.config).to(self.device)
+        self.model = self.starting_twin().to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learning, lr=1e-3, momentum=0.9, weight_decay=1e-4)  # as the reference script builds it

@@ -73,9 +73,10 @@ def one_pixel(hw: tuple[int, int]) -> Picture:
 
 def _grained(canvas: Image.Image, rng: np.random.Generator) -> Picture:
     """The same grain in all three channels, as a sensor's noise looks after a camera has reduced its colour."""
-    picture = np.asarray(canvas, dtype=np.int16)
+    picture = np.asarray(canvas, dtype=np.int64)
     grain = rng.integers(-GRAIN, GRAIN + 1, (*picture.shape[:2], 1))
-    return np.clip(picture + grain, 0, 255).astype(np.uint8)
+    grained: Picture = np.clip(picture + grain, 0, 255).astype(np.uint8)
+    return grained
 
 
 def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.torchvision_twin import TwinError, check_twin, torchvision_twin
+from benchmarks.torchvision_twin import TwinError, check_twin, share_weights, start_calmly, torchvision_twin
 from benchmarks.training import main, merged, plot, table, training_row
-from model.faster_rcnn import FasterRCNN
+from model.faster_rcnn import FasterRCNN, build_detector
 from model.presets import PRESETS
 
 CLASSES = ("cell", "disc", "star")
@@ -23,6 +23,26 @@ def test_another_network_is_refused() -> None:
     small, large = (PRESETS[name](CLASSES).detector for name in ("mobilenet_v2_fpn", "mobilenet_v3_large_320_fpn"))
     with torch.device("meta"), pytest.raises(TwinError, match="not the same network"):
         check_twin(FasterRCNN(small), torchvision_twin(large))
+
+
+@pytest.mark.parametrize("preset", ["mobilenet_v2_fpn", "mobilenet_v3_large_320_fpn", "resnet50_c4"])
+def test_with_shared_weights_the_bodies_see_the_same(preset: str) -> None:
+    config = PRESETS[preset](CLASSES).detector
+    ours, theirs = build_detector(config).eval(), torchvision_twin(config).eval()
+    start_calmly(theirs, config)
+    share_weights(theirs, ours)
+    picture = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        own, twins = ours.backbone(picture), theirs.get_submodule("backbone")(picture)
+    for mine, their in zip(own, twins.values(), strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-3, atol=1e-3 * float(their.abs().max()))
+        assert 0.1 < float(mine.abs().max()) < 100
+
+
+def test_weights_of_another_network_are_not_shared() -> None:
+    small, large = (PRESETS[name](CLASSES).detector for name in ("mobilenet_v2_fpn", "mobilenet_v3_large_320_fpn"))
+    with torch.device("meta"), pytest.raises(TwinError, match="stands where"):
+        share_weights(FasterRCNN(small), torchvision_twin(large))
 
 
 def test_a_row_by_hand() -> None:
