@@ -77,6 +77,8 @@ def pool_on_canvas(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[in
     map_h, map_w = (_per_level([feature.shape[axis] for feature in features], levels, rois) for axis in (2, 3))
     rows = _share_inside(scaled[..., 1], scaled[..., 3], map_h, config)
     columns = _share_inside(scaled[..., 0], scaled[..., 2], map_w, config)
+    if _eager_on_cpu(pooled) and bool((rows == 1).all() & (columns == 1).all()):  # nearly always; a GPU would have to wait for the answer
+        return pooled
     return pooled * (rows[:, :, None, :, None] * columns[:, :, None, None, :]).flatten(0, 1)
 
 
@@ -116,11 +118,15 @@ def _per_level(values: Sequence[float | int], levels: Tensor, like: Tensor) -> T
 def _align(feature: Tensor, rois: Tensor, scale: float, config: RoIConfig) -> Tensor:
     """RoIAlign in at least fp32: a coordinate of 300 is only known to 2 pixels in bf16."""
     exact = at_least_fp32(feature)
-    traced = torch.compiler.is_compiling()  # an exported graph holds the operator itself
-    align = sparse_roi_align if exact.device.type == "cpu" and not traced else roi_align
+    align = sparse_roi_align if _eager_on_cpu(exact) else roi_align
     indexed = _with_batch_index(rois).to(exact.dtype)
     pooled: Tensor = align(exact, indexed, config.pool_size, scale, config.sampling_ratio, config.pool == "align")
     return pooled.to(feature.dtype)
+
+
+def _eager_on_cpu(values: Tensor) -> bool:
+    """Not while an export traces: the graph holds the operators themselves and may not depend on values."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pool_by_max(features: Sequence[Tensor], rois: Tensor, padded_hw: tuple[int, int], config: RoIConfig) -> Tensor:
