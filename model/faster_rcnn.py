@@ -76,14 +76,13 @@ class FasterRCNN(nn.Module):
         """
         levels = self.backbone(self.normalize(images, image_sizes_hw))
         anchors = self.anchors(levels, (images.shape[1], images.shape[2]))
-        rpn_output = self.rpn(levels)
         with torch.no_grad():  # no gradient flows through the proposals' coordinates (approximate joint training)
-            proposals = propose(rpn_output, anchors, image_sizes_hw, self.config.rpn, self.nms, training=targets is not None)
+            proposals = propose(self.rpn(levels), anchors, image_sizes_hw, self.config.rpn, self.nms, training=targets is not None)
         if targets is None:
             proposals = proposals if self.trim is None else self.trim(proposals)
             logits, deltas = self._classify(levels, proposals.boxes, images)
             return detect(logits, deltas, proposals, image_sizes_hw, self.config.roi, self.nms)
-        rpn_cls, rpn_reg = rpn_loss(rpn_output, anchors, targets.boxes, targets.labels > 0, image_sizes_hw, self.config.rpn)
+        rpn_cls, rpn_reg = rpn_loss(self.rpn, levels, anchors, targets.boxes, targets.labels > 0, image_sizes_hw, self.config.rpn)
         samples = sample_rois(proposals, targets.boxes, targets.labels, self.config.roi)
         roi_cls, roi_reg = roi_loss(*self._classify(levels, samples.rois, images), samples, self.config.roi)
         return {"rpn_cls": rpn_cls, "rpn_reg": rpn_reg, "roi_cls": roi_cls, "roi_reg": roi_reg}

@@ -70,7 +70,7 @@ def rpn_objective(detector: FasterRCNN, *, normal: DeltaNormal | None = None) ->
         images, sizes_hw, (boxes, labels), _ = loaded.batch
         levels = detector.backbone(detector.normalize(images, sizes_hw))
         anchors = detector.anchors(levels, (images.shape[1], images.shape[2]))
-        cls, reg = rpn_loss(detector.rpn(levels), anchors, boxes, labels > 0, sizes_hw, detector.config.rpn, normal=normal)
+        cls, reg = rpn_loss(detector.rpn, levels, anchors, boxes, labels > 0, sizes_hw, detector.config.rpn, normal=normal)
         return {"rpn_cls": cls, "rpn_reg": reg}
 
     return losses

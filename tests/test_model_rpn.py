@@ -1,0 +1,71 @@
+"""The RPN at some anchors alone, against the RPN on whole maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import RPNConfig
+from model.rpn import RPN, cell_patches
+
+SIZES_HW = ((7, 5), (4, 3), (1, 1))
+CHANNELS, PER_CELL, IMAGES = 6, 3, 2
+
+
+def pyramid(*, grad: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(IMAGES, CHANNELS, *hw, dtype=torch.float64, generator=generator) for hw in SIZES_HW]
+    return [one.requires_grad_(grad) for one in maps]
+
+
+def some_rows() -> Tensor:
+    """Of every level, corners and repeated ones among them, `[B, S]`."""
+    total = PER_CELL * sum(height * width for height, width in SIZES_HW)
+    drawn = torch.randint(total, (IMAGES, 20), generator=torch.Generator().manual_seed(1))
+    corners = torch.tensor([0, PER_CELL * 4, PER_CELL * 30, PER_CELL * 35 - 1, PER_CELL * 35, total - 1, total - 1])
+    return torch.cat([drawn, corners.expand(IMAGES, -1)], dim=1)
+
+
+def drawn_rpn(depth: int) -> RPN:
+    torch.manual_seed(2)
+    rpn = RPN(CHANNELS, PER_CELL, RPNConfig(conv_depth=depth)).double()
+    for parameter in rpn.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return rpn
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_some_anchors_score_as_on_whole_maps(depth: int) -> None:
+    rpn, maps, rows = drawn_rpn(depth), pyramid(), some_rows()
+    whole = rpn(maps)
+    logits, deltas = rpn.at(maps, rows)
+    torch.testing.assert_close(logits, torch.cat(whole.logits, dim=1).gather(1, rows))
+    torch.testing.assert_close(deltas, torch.cat(whole.deltas, dim=1).gather(1, rows[..., None].expand(-1, -1, 4)))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_their_gradients_are_those_of_whole_maps(depth: int) -> None:
+    rpn, maps, rows = drawn_rpn(depth), pyramid(grad=True), some_rows()
+    leaves = [*maps, *rpn.parameters()]
+    whole = rpn(maps)
+    picked = torch.cat(whole.logits, dim=1).gather(1, rows), torch.cat(whole.deltas, dim=1).gather(1, rows[..., None].expand(-1, -1, 4))
+    expected = torch.autograd.grad(picked[0].sin().sum() + picked[1].cos().sum(), leaves)
+    logits, deltas = rpn.at(maps, rows)
+    found = torch.autograd.grad(logits.sin().sum() + deltas.cos().sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_patches_by_hand() -> None:
+    """A map of 2 x 3 and one of 1 x 1: the cell in the corner, and the only one of the other."""
+    maps = [torch.arange(1.0, 7.0).reshape(1, 1, 2, 3), torch.full((1, 1, 1, 1), 9.0)]
+    patches, on_map = cell_patches(maps, torch.tensor([[0, 6]]), reach=1)
+    assert patches[0, 0].tolist() == [[0, 0, 0], [0, 1, 2], [0, 4, 5]]
+    assert patches[1, 0].tolist() == [[0, 0, 0], [0, 9, 0], [0, 0, 0]]
+    torch.testing.assert_close(on_map.float(), (patches > 0).float())
+
+
+def test_a_pyramid_without_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one feature map"):
+        cell_patches([], torch.zeros(1, 1, dtype=torch.int64), reach=1)
