@@ -20,6 +20,9 @@ from model.nms import INVALID_SCORE, NMS
 from model.precision import at_least_fp32
 from model.ranking import take_rows, top_rows
 
+WORTH_CELLS = 4
+"""Where maps have fewer cells a sample, whole maps take no longer than the cells around the samples: 700 cells 4 to 9 % less of a step."""
+
 
 class RPNOutput(NamedTuple):
     """Raw predictions a level: `logits[l]` is `[B, N_l]`, `deltas[l]` is `[B, N_l, 4]`."""
@@ -63,7 +66,7 @@ class RPN(nn.Module):
         return RPNOutput(logits, deltas)
 
     def at(self, features: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` gives at some anchors, computed from the cells around them alone.
+        """What `forward` gives at some anchors, on large maps computed from the cells around them alone.
 
         A loss looks at 256 of the hundred thousand anchors of an image. Sent back through whole maps, the zeros of all others cost as much
         as a gradient does: on a CPU a tenth of a ResNet-50-FPN's step.
@@ -75,6 +78,10 @@ class RPN(nn.Module):
         Returns:
             Logits `[B, S]` and deltas `[B, S, 4]`.
         """
+        cells = sum(feature.shape[2] * feature.shape[3] for feature in features)
+        if cells <= WORTH_CELLS * rows.shape[1]:
+            whole = self(features)
+            return torch.cat(whole.logits, dim=1).gather(1, rows), take_rows(torch.cat(whole.deltas, dim=1), rows)
         per_cell = self.cls_logits.out_channels
         hidden, on_map = cell_patches(features, rows // per_cell, reach=len(self.convs))
         for conv in self.convs:

@@ -149,11 +149,11 @@ def test_the_command_says_how_to_go_on(
 
 @pytest.mark.parametrize("variant", ["python", pytest.param("matlab", marks=pytest.mark.slow)])
 def test_the_four_steps_learn_from_scratch(variant: str, tmp_path: Path) -> None:
-    """ZF from random weights, on scenes it has never seen: a minute of the four steps finds some shapes, no training finds none."""
+    """ZF from random weights, on scenes it has never seen: half a minute of the four steps finds some shapes, no training finds none."""
     root = write_voc(tmp_path / "voc", {"train": 60, "test": 20})
     train, test = open_dataset(root, "train"), open_dataset(root, "test")
     config = detector_config("zf", CLASS_NAMES, (*TINY, "detector.roi.hidden=128"))
-    plan = plan_of(variant, (90, 150, 60, 150), Recipe(1, lr=0.02, batch_size=2))  # type: ignore[arg-type]
+    plan = plan_of(variant, (60, 100, 40, 100), Recipe(1, lr=0.02, batch_size=2))  # type: ignore[arg-type]
     run = Alternation(config, None, train, plan, tmp_path / "run")
     assert evaluate_detections(test, predict(run.new_detector(), test)).voc_ap50 < 0.01
     assert evaluate_detections(test, predict(run.run(), test)).voc_ap50 > 0.1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import rpn as rpn_module
 from model.config import RPNConfig
 from model.rpn import RPN, cell_patches
 
@@ -33,6 +34,12 @@ def drawn_rpn(depth: int) -> RPN:
     for parameter in rpn.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return rpn
+
+
+@pytest.fixture(autouse=True, params=["from the cells around", "on small maps"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "from the cells around":
+        monkeypatch.setattr(rpn_module, "WORTH_CELLS", 0)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
