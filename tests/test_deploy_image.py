@@ -113,8 +113,8 @@ class Image:
 
     @property
     def packages(self) -> set[tuple[str, str]]:
-        """Names and versions of the Python packages."""
-        names = (path.name.removesuffix(".dist-info") for path in (self.root / "opt/venv").rglob("*.dist-info"))
+        """Names and versions of the Python packages; not those that a package carries inside itself, as setuptools does."""
+        names = (path.name.removesuffix(".dist-info") for path in self.root.glob("opt/venv/lib/python*/site-packages/*.dist-info"))
         return {(name.rsplit("-", 1)[0].lower(), name.rsplit("-", 1)[1]) for name in names}
 
     def sandbox(self, *options: str | Path) -> list[str]:
@@ -272,6 +272,7 @@ def train_trains_and_exports(image: Image, folder: Path) -> None:
     torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "model.train"]
     trained = run([*inside, *torchrun, *arguments(Path("/tmp/data"), Path("/tmp/runs/one"), *settings, options=("--resume-if-present",))])
     assert trained.returncode == 0, trained.stderr[-3000:]
+    assert json.loads((folder / "runs" / "one" / "environment.json").read_text())["commit"] == "abc123"
     for module in ("model.train", "export"):
         assert "usage:" in run([*inside, *image.config["Entrypoint"], module, "--help"]).stdout
     export = [*image.config["Entrypoint"], "export", "/tmp/runs/one/last.pt", "--name", "scenes", "--repository", "/tmp/runs/models"]
