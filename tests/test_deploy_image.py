@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -161,7 +162,8 @@ def _make_base(buildah: Buildah) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1200)
     for path in ("var/cache/apt/archives", "var/lib/apt/lists"):
         shutil.rmtree(files / path)
-    (files / "etc" / "hosts").write_text("127.0.0.1 localhost\n")  # as every container runtime writes it; torchrun looks it up
+    # as every container runtime writes it: torchrun looks up localhost, gloo the machine's own name
+    (files / "etc" / "hosts").write_text(f"127.0.0.1 localhost {platform.node()}\n")
     container = buildah("from", "scratch")
     buildah("add", "--quiet", container, files, "/")
     buildah("commit", "--quiet", "--rm", container, BASE)
