@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ def share_weights(source: nn.Module, target: nn.Module) -> None:
     """
     given = [(name, value) for name, value in source.state_dict().items() if not name.endswith(BOOKKEEPING)]
     taken = [(name, value) for name, value in target.state_dict().items() if not name.endswith(BOOKKEEPING)]
-    for (name, value), (place_name, place) in zip_longest(given, taken, fillvalue=("nothing", torch.empty(0))):
+    for (name, value), (place_name, place) in itertools.zip_longest(given, taken, fillvalue=("nothing", torch.empty(0))):
         if value.shape != place.shape:
             raise TwinError(f"{name} {tuple(value.shape)} of one side stands where the other has {place_name} {tuple(place.shape)}")
         place.copy_(value)  # the entries of a state dict share the network's memory

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,15 +195,10 @@ def eager(detector: FasterRCNN, images: pictures.Picture, sizes_hw: NDArray[np.i
     return Detections(*(part.numpy() for part in answer))
 
 
-def one_by_one(detector: FasterRCNN, images: pictures.Picture, sizes_hw: NDArray[np.int64]) -> Detections:
-    """As `eager`, a picture at a time: seven of 800 x 1088 in fp64 would take VGG-16 some ten gigabytes."""
-    answers = [eager(detector, images[i : i + 1], sizes_hw[i : i + 1]) for i in range(len(images))]
-    return joined_answers(answers)
-
-
-def joined_answers(answers: Sequence[Detections]) -> Detections:
-    """The answers to several batches as that to one."""
-    return Detections(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
+def one_by_one(answer: Callable[[Picture, NDArray[np.int64]], Detections], images: Picture, sizes_hw: NDArray[np.int64]) -> Detections:
+    """The batch's answer, asked for a picture at a time."""
+    singles = [answer(images[i : i + 1], sizes_hw[i : i + 1]) for i in range(len(images))]
+    return Detections(*(np.concatenate(parts) for parts in zip(*singles, strict=True)))
 
 
 def contract_problems(detections: Detections, sizes_hw: NDArray[np.int64], manifest: Manifest) -> list[str]:
@@ -241,7 +237,8 @@ def _against_eager(detector: FasterRCNN, runtime: Runtime, case: Case, gates: Ga
         return row
     # rivals are asked only where a difference shows: it costs some more passes through the network
     answer = runtime.run(images, sizes_hw)
-    rivals = [one_by_one(rival, images, sizes_hw) for rival in rivals_of(detector)]
+    # and a picture at a time: seven of 800 x 1088 in fp64 would take VGG-16 some ten gigabytes
+    rivals = [one_by_one(partial(eager, rival), images, sizes_hw) for rival in rivals_of(detector)]
     limit = runtime.manifest.detections_per_image
     judged = [
         judge(
@@ -268,9 +265,7 @@ def _padding_content(runtime: Runtime, batch: Sequence[Prepared]) -> CaseResult:
 
 def _batch_against_singles(runtime: Runtime, batch: Sequence[Prepared]) -> CaseResult:
     images, sizes_hw = assemble(batch)
-    singles = [runtime.run(images[i : i + 1], sizes_hw[i : i + 1]) for i in range(len(batch))]
-    joined = joined_answers(singles)
-    return _row("batch against singles", images, sizes_hw, joined, runtime)
+    return _row("batch against singles", images, sizes_hw, one_by_one(runtime.run, images, sizes_hw), runtime)
 
 
 def _row(name: str, images: Picture, sizes_hw: NDArray[np.int64], reference: Detections, runtime: Runtime) -> CaseResult:

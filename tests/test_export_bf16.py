@@ -29,7 +29,7 @@ BF16, FP32 = TensorProto.BFLOAT16, TensorProto.FLOAT
 
 @pytest.fixture(scope="module")
 def detector() -> FasterRCNN:
-    return tiny_detector()
+    return tiny_detector(seed=3)  # of five, the weights whose detections tie least: in others the number of threads decides a few percent
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_bf16_graph_computes_what_the_network_in_bf16_does(detector: FasterRCNN,
     near, far = (Tally.of(compare(answer_of(side, i), answer_of(answer, i), limit=100) for i in range(3)) for side in (expected, exact))
     total = int(exact.num_detections.sum())
     assert total > 100
-    assert near.matched > 0.95 * total  # which of the close ones flip depends on the number of threads
+    assert near.matched > 0.97 * total
     assert near.worst_box_px < 1.0
     assert 0.5 * total < far.matched < near.matched, "bf16 is not fp32, and random weights show it"
 
