@@ -17,6 +17,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
 from service.errors import BodyTooLarge, DetectorError, EmptyBody, MalformedRequest, UnsupportedType
+from service.options import OPTION_NAMES
 
 RAW_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded", "")
 """Besides image/*. The second is what curl calls bytes whose type nobody named."""
@@ -161,7 +162,7 @@ def _header_parameter(header: str, parameter: str) -> str | None:
 
 
 class _FormCollector:
-    """Gathers one form's parts: pictures under `name`, everything else an option."""
+    """Gathers one form's parts: pictures under `name`, everything else an option, unless it is plainly a file."""
 
     def __init__(self, name: str, max_pictures: int) -> None:
         self.parsed = Parsed()
@@ -200,9 +201,17 @@ class _FormCollector:
         if field_name == self._name:
             self.parsed.pictures.append(bytes(self._data))
             _check_count(len(self.parsed.pictures), self._max_pictures)
-            return
-        if len(self._data) > MAX_FORM_FIELD_BYTES or len(self.parsed.options) >= MAX_FORM_FIELDS:
-            raise BodyTooLarge(f"form field {field_name[:40]!r} is no picture and too large, or there are over {MAX_FORM_FIELDS} fields")
+        else:
+            self._add_option(field_name)
+
+    def _add_option(self, field_name: str) -> None:
+        large = len(self._data) > MAX_FORM_FIELD_BYTES
+        if field_name not in OPTION_NAMES and (large or _header_parameter(self._disposition, "filename") is not None):
+            raise MalformedRequest(f"the picture belongs in the form field {self._name!r}, got it in {field_name[:40]!r}")
+        if large:
+            raise BodyTooLarge(f"option {field_name!r} may have {MAX_FORM_FIELD_BYTES} bytes in a form, got {len(self._data)}")
+        if len(self.parsed.options) >= MAX_FORM_FIELDS:
+            raise BodyTooLarge(f"a form may have {MAX_FORM_FIELDS} fields besides pictures, this one has more; send only options")
         self.parsed.options.append((field_name, self._data.decode("utf-8", "replace")))
 
     def _end(self) -> None:

@@ -17,10 +17,12 @@ BOUNDARY = "xYzZy"
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
 
 
-def form(*parts: tuple[str, bytes]) -> bytes:
+def form(*parts: tuple[str, bytes], files: tuple[str, ...] = ("image", "images", "picture")) -> bytes:
+    """Parts under the names in `files` have a filename, as clients give one to a file and not to a value."""
     body = b""
     for name, data in parts:
-        body += f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; filename="a.jpg"\r\n\r\n'.encode() + data + b"\r\n"
+        filename = '; filename="a.jpg"' if name in files else ""
+        body += f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n\r\n'.encode() + data + b"\r\n"
     return body + f"--{BOUNDARY}--\r\n".encode()
 
 
@@ -98,10 +100,26 @@ def test_broken_forms_are_malformed(body, kind):
 
 
 def test_a_form_field_cannot_be_endless():
-    with pytest.raises(BodyTooLarge):
+    with pytest.raises(BodyTooLarge, match="option 'model' may have 4096 bytes in a form, got 10000"):
         parse(form(("image", b"x"), ("model", b"m" * 10_000)), FORM)
-    with pytest.raises(BodyTooLarge):
+    with pytest.raises(BodyTooLarge, match="may have 32 fields"):
         parse(form(*[(f"f{n}", b"x") for n in range(50)]), FORM)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("image", "file"), ("image", "images"), ("images", "image")])
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_picture_under_a_wrong_name_is_told_the_right_one(name, wrong, size):
+    words = f"the picture belongs in the form field '{name}', got it in '{wrong}'"
+    with pytest.raises(MalformedRequest, match=words):
+        parse(form((wrong, b"x" * size), files=(wrong,)), FORM, name=name)
+    if size > 4096:  # nobody writes so long a value: a picture, whether its client named the file or not
+        with pytest.raises(MalformedRequest, match=words):
+            parse(form((wrong, b"x" * size), files=()), FORM, name=name)
+
+
+def test_an_option_may_come_out_of_a_file():
+    parsed = parse(form(("image", b"x"), ("classes", b"WBC"), files=("image", "classes")), FORM)
+    assert parsed.options == [("classes", "WBC")]
 
 
 def test_empty_and_unknown():
