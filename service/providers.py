@@ -22,8 +22,14 @@ class ProviderMissing(RuntimeLoadError):
     """The execution provider that was asked for does not work here."""
 
 
-def provider_candidates(provider: str) -> list[str]:
+OTHERWISE = "or take another provider: DETECTOR_PROVIDER=auto or cpu for the service, --provider cpu for a command"
+
+
+def provider_candidates(provider: str, otherwise: str = OTHERWISE) -> list[str]:
     """Providers to try, best first. TensorRT only when asked for: it needs engines that were built before.
+
+    Args:
+        otherwise: what to do instead, for the message.
 
     Raises:
         ProviderMissing: the one that was asked for is not in this build of ONNX Runtime.
@@ -32,15 +38,15 @@ def provider_candidates(provider: str) -> list[str]:
     if provider == "auto":
         return [name for name in ("cuda", "cpu") if PROVIDER_NAMES[name] in available]
     if PROVIDER_NAMES[provider] not in available:
-        raise ProviderMissing(missing_sentence(provider, "this build of ONNX Runtime does not hold it"))
+        raise ProviderMissing(missing_sentence(provider, "this build of ONNX Runtime does not hold it", otherwise))
     return [provider]
 
 
-def missing_sentence(provider: str, reason: str) -> str:
+def missing_sentence(provider: str, reason: str, otherwise: str = OTHERWISE) -> str:
     """Why a provider is not used, and what to do."""
     return (
         f"provider {provider!r} was asked for, but {reason} (available: {', '.join(ort.get_available_providers())}); "
-        "install NVIDIA's driver (containers: --gpus all) and the requirements for GPUs, or set DETECTOR_PROVIDER=auto or cpu"
+        f"install NVIDIA's driver (containers: --gpus all) and the requirements for GPUs (every verb of make takes DEVICE=gpu), {otherwise}"
     )
 
 
@@ -63,6 +69,7 @@ def provider_stack(
         "device_id": device_id,
         "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE stalls at every new shape
         "arena_extend_strategy": "kSameAsRequested",  # few fixed shapes: growing by powers of two only wastes memory
+        "use_tf32": "0",  # on by default, it would round every fp32 product to ten bits; who wants speed exports fp16
     }
     if memory_limit is not None:
         cuda["gpu_mem_limit"] = memory_limit
@@ -76,28 +83,46 @@ def provider_stack(
     return [(PROVIDER_NAMES["tensorrt"], dict(tensorrt or {})), (PROVIDER_NAMES["cuda"], cuda), cpu]
 
 
-def open_session(path: Path, provider: str, stack: list[Any], intra_op_threads: int | None = None) -> ort.InferenceSession:
-    """A session of a model file.
+def session_options(provider: str, intra_op_threads: int | None = None, *, spinning: bool = False) -> ort.SessionOptions:
+    """Options of a session that the service would open.
 
     Args:
-        stack: from `provider_stack`.
         intra_op_threads: None: 1 on a GPU, the container's quota on a CPU.
-
-    Raises:
-        RuntimeLoadError: the file cannot be opened.
+        spinning: idle threads wait in a loop. Not in the service: such a pool takes the CPU that the decoders need.
     """
-    on_cpu = provider == "cpu"
-    if not on_cpu and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN out of the nvidia-* wheels
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = intra_op_threads or (cpu_quota() if on_cpu else 1)
+    options.intra_op_num_threads = intra_op_threads or (cpu_quota() if provider == "cpu" else 1)
     options.inter_op_num_threads = 1
     if provider == "tensorrt":  # it optimises its parts itself, and the plan of its engines names the file's own tensors
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # A spinning pool takes the CPU that the decoders need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    return options
+
+
+def strict_session(model: Path | bytes, options: ort.SessionOptions, stack: list[Any]) -> ort.InferenceSession:
+    """A session on the providers of a stack, or the provider's own exception.
+
+    Left to itself, ONNX Runtime's Python class opens the session anew without a provider that fails, at opening and in a run as well:
+    an engine that cannot be built would look like one that was.
+    """
+    if stack != [PROVIDER_NAMES["cpu"]] and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN out of the nvidia-* wheels
+    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=stack, enable_fallback=0)
+
+
+def open_session(path: Path, provider: str, stack: list[Any], intra_op_threads: int | None = None) -> ort.InferenceSession:
+    """A session of a model file as the service runs it.
+
+    Args:
+        stack: from `provider_stack`.
+        intra_op_threads: see `session_options`.
+
+    Raises:
+        RuntimeLoadError: the file cannot be opened, or not by this provider; caused by the runtime's own exception.
+    """
     try:
-        return ort.InferenceSession(str(path), options, providers=stack)
+        return strict_session(path, session_options(provider, intra_op_threads), stack)
     except Exception as error:
-        raise RuntimeLoadError(f"{path}: ONNX Runtime cannot open it: {first_line(error)}; is it a complete model.onnx?") from error
+        where = "" if provider == "cpu" else f" with the provider {provider!r}"
+        raise RuntimeLoadError(f"{path}: ONNX Runtime cannot open it{where}: {first_line(error)}; is it a complete model.onnx?") from error

@@ -131,7 +131,13 @@ class OnnxRuntime:
                 cuda_graphs=cuda_graphs,
                 tensorrt=self._plan.provider_options(device_id) if self._plan is not None else None,
             )
-            session = open_session(path, name, stack, intra_op_threads)
+            try:
+                session = open_session(path, name, stack, intra_op_threads)
+            except RuntimeLoadError as error:
+                if provider != "auto" or name == "cpu":
+                    raise
+                logger.warning("%s; trying the next provider", error)
+                continue
             if session.get_providers()[0] == PROVIDER_NAMES[name]:
                 self._session, self.provider = session, name
                 break

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from conftest import ROOT
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 from service_fakes import FakeRuntime, detect_colours, make_manifest
 from service_onnx import colour_graph, golden, write_model
 
@@ -14,6 +16,7 @@ from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device
 from service.errors import InferenceFailed
 from service.golden import GoldenMismatch, check_golden
 from service.manifest import ManifestError
+from service.providers import open_session, provider_stack
 from service.runtime import (
     OnnxRuntime,
     ProviderMissing,
@@ -66,6 +69,40 @@ def test_a_provider_that_does_not_load_is_no_silent_fallback(tmp_path, monkeypat
     with pytest.raises(ProviderMissing, match="did not load"):
         OnnxRuntime(path, provider="cuda")
     assert OnnxRuntime(path, provider="auto").provider == "cpu"
+
+
+def test_a_provider_that_fails_is_not_replaced_behind_our_back(tmp_path, capsys):
+    """Python's class of ONNX Runtime would print a line and open or run the session on the CPU."""
+    path = write_model(tmp_path)
+    broken = [("TensorrtExecutionProvider", "no options"), "CPUExecutionProvider"]
+    with pytest.raises(RuntimeLoadError, match=r"cannot open it with the provider 'tensorrt'.*\(string, dict\)"):
+        open_session(path, "tensorrt", broken)
+    session = open_session(path, "cpu", provider_stack("cpu"))
+
+    def fail(*_):
+        raise EPFail("engine could not be executed")
+
+    session._sess = SimpleNamespace(run=fail, is_webgpu_graph_capture_enabled=lambda: False)
+    images, sizes_hw = random_batch((1, 96, 160))
+    with pytest.raises(EPFail, match="engine could not be executed"):
+        session.run(None, {"images": images, "image_sizes_hw": sizes_hw})
+    assert "alling back" not in capsys.readouterr().out
+
+
+def test_auto_takes_the_cpu_where_cuda_cannot_be_opened(tmp_path, monkeypatch, caplog):
+    path = write_model(tmp_path)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+    def no_device(path, provider, stack, threads=None):
+        if provider == "cuda":
+            raise RuntimeLoadError("CUDA failure 100: no CUDA-capable device is detected")
+        return open_session(path, provider, stack, threads)
+
+    monkeypatch.setattr("service.runtime.open_session", no_device)
+    assert OnnxRuntime(path, provider="auto").provider == "cpu"
+    assert "no CUDA-capable device" in caplog.text
+    with pytest.raises(RuntimeLoadError, match="no CUDA-capable device"):
+        OnnxRuntime(path, provider="cuda")
 
 
 def test_garbage_is_refused_with_a_sentence(tmp_path):
