@@ -176,7 +176,6 @@ def test_cuda_options_are_those_for_few_fixed_shapes():
         "cudnn_conv_algo_search": "HEURISTIC",
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "0",
-        "use_tf32": "0",
         "gpu_mem_limit": 1 << 30,
         "enable_cuda_graph": "1",
     }
