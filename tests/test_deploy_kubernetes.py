@@ -75,8 +75,48 @@ def test_each_kustomization_lists_every_file_beside_it(folder: str) -> None:
     assert named == {path.name for path in (KUBERNETES / folder).glob("*.yaml")} - {"kustomization.yaml"}
 
 
+def _readme_patches() -> list[dict[str, Any]]:
+    """The operations of every patch that the README shows."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (KUBERNETES / "README.md").read_text(), re.DOTALL)
+    return [step for block in blocks for patch in yaml.safe_load(block)["patches"] for step in yaml.safe_load(patch["patch"])]
+
+
+def test_the_patches_of_the_readme_give_a_valid_deployment() -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="install the package kubernetes-validate (group `test`)")
+    deployment, steps = _object("base", "Deployment"), _readme_patches()
+    assert len(steps) >= 5
+    for step in steps:
+        *parents, last = step["path"].strip("/").split("/")
+        place: Any = deployment
+        for name in parents:
+            place = place[int(name) if isinstance(place, list) else name]
+        assert step["op"] == "add"
+        if last == "-":
+            place.append(step["value"])
+        else:
+            assert last not in place, f"{step['path']}: this patch would take away what the base has there"
+            place[last] = step["value"]
+    kubernetes_validate.validate(deployment, NEWEST, strict=True)
+    pod = deployment["spec"]["template"]["spec"]
+    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (admin,) = pod["containers"][0]["env"]
+    mounted = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert str(Path(admin["value"]).parent) in mounted
+
+
+def test_the_runbook_goes_where_the_manifests_put_the_operations() -> None:
+    runbook = (ROOT / "deploy" / "RUNBOOK.md").read_text()
+    port, namespace = _literals()["DETECTOR_OPERATIONS_PORT"], _object("base", "Namespace")["metadata"]["name"]
+    assert f"127.0.0.1:{port}/v1/models/NAME/rollback" in runbook
+    assert f"-n {namespace} port-forward pod/POD 8000 {port}" in runbook
+    assert (
+        "-l " + ",".join(f"{key}={value}" for key, value in _object("base", "PodMonitor")["spec"]["selector"]["matchLabels"].items())
+        in runbook
+    )
+
+
 def test_settings_exist() -> None:
-    text = "".join(path.read_text() for path in KUBERNETES.rglob("*.yaml"))
+    text = "".join(path.read_text() for path in [*KUBERNETES.rglob("*.yaml"), KUBERNETES / "README.md"])
     given = set(re.findall(r"(?:^\s+- |name: )(" + ENV_PREFIX + r"[A-Z_]+)[=,]", text, re.MULTILINE))
     assert len(given) >= 5
     assert given <= {ENV_PREFIX + name.upper() for name in Settings.model_fields}

@@ -8,9 +8,11 @@ from types import ModuleType
 
 import pytest
 import tritonclient
+from conftest import ROOT
 from service_fakes import make_manifest
 
 from export.triton import triton_config
+from service.v2_models import TENSOR_INPUTS, TENSOR_SUFFIX
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,14 @@ def test_triton_reads_the_generated_configuration_as_the_graph_contract(model_co
     }
     assert config.HasField("dynamic_batching")
     assert len(config.model_warmup) == len(manifest.input.buckets)
+
+
+def test_the_service_takes_a_triton_clients_tensors_under_the_name_that_the_readme_says(model_config: ModuleType) -> None:
+    from google.protobuf import text_format
+
+    config = text_format.Parse(triton_config(make_manifest()), model_config.ModelConfig())
+    assert [tensor.name for tensor in config.input] == [spec.name for spec in TENSOR_INPUTS]
+    assert f"`blood-cells{TENSOR_SUFFIX}`" in (ROOT / "deploy" / "triton" / "README.md").read_text()
 
 
 def test_a_count_without_an_axis_of_its_own_is_reshaped(model_config: ModuleType) -> None:

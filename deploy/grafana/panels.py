@@ -171,7 +171,7 @@ BATCHING = [
     ),
     Panel(
         "Queue depth",
-        "Decoded pictures that wait. At max_queue_images new ones are refused.",
+        "Decoded pictures that wait. Those read, decoded and inferred count against max_queue_images too, so refusals begin below it.",
         {"{{instance}}": f"detector_queue_depth{{{SELECT}}}"},
         width=6,
     ),
