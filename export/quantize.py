@@ -72,7 +72,7 @@ def quantise(model: onnx.ModelProto, nodes: Sequence[NodeProto], calibration: Ca
     quantiser: Any = QDQQuantizer(
         work,
         True,  # one scale a channel
-        False,  # all eight bits: without VNNI a CPU may saturate, see the README
+        False,  # all eight bits: without VNNI a CPU may saturate its 16-bit sums, and be slow
         QuantType.QInt8,
         QuantType.QUInt8,
         TensorsData(CalibrationMethod.MinMax, ranges),

@@ -24,7 +24,7 @@ Boxes of different groups (classes) never suppress each other. A box falls to a 
 """
 
 DENSE_ITERATIONS = 16
-"""Rounds of `dense_nms`. On real proposals 12 are enough (reference figures in the README); `dense_nms_rounds` measures them."""
+"""Rounds of `dense_nms`. On real pictures 11 were enough (benchmarks/results/runtime.md); `dense_nms_rounds` measures them."""
 
 
 def greedy_nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh: float) -> Tensor:

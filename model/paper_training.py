@@ -90,17 +90,6 @@ def fast_objective(detector: FasterRCNN, *, background_low: float = 0.0, normal:
     return losses
 
 
-def joint_objective(detector: FasterRCNN) -> Objective:
-    """All four losses at once: approximate joint training."""
-
-    def losses(loaded: Loaded) -> dict[str, Tensor]:
-        result = detector(loaded.batch.images, loaded.batch.image_sizes_hw, loaded.batch.targets)
-        assert isinstance(result, dict)
-        return result
-
-    return losses
-
-
 def paper_init(*layers: nn.Module) -> None:
     """Class scores from N(0, .01), box deltas from N(0, .001), no bias."""
     for layer, deviation in zip(layers, (0.01, 0.001), strict=True):

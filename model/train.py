@@ -27,6 +27,11 @@ from model.training import train_config_from_dict
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+RANDOM_START = (
+    "warning: every layer starts from random weights, which takes far more pictures and epochs than a backbone that has learned ImageNet; "
+    "give its torchvision state dict by --backbone-weights FILE, or a detector's checkpoint by --init"
+)
+
 EXAMPLES = """examples:
   python -m model.train --preset mobilenet_v2_fpn --data VOC_FOLDER --backbone-weights mobilenet_v2.pth --out runs/cells
   python -m model.train --preset mobilenet_v2_fpn --data COCO_FOLDER --train-split train2017 --val-split val2017 --out runs/coco \\
@@ -113,6 +118,8 @@ def train(options: argparse.Namespace) -> Outcome:
         folder.write_json("environment.json", environment())
     if not options.quiet and processes.leads:
         _announce(values, train_set, val_set, trainer)
+        if not (resume or values["backbone_weights"] or values["init"]):
+            print(RANDOM_START, file=sys.stderr)
     outcome = trainer.run()
     folder.close()
     return outcome

@@ -171,6 +171,17 @@ def test_mixed_precision_adamw_and_mosaic_train(data: Path, tmp_path: Path) -> N
     assert all(line["loss"] < 10 for line in curve(tmp_path / "run") if line["kind"] == "train")
 
 
+def test_a_start_from_random_weights_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ("training.workers=0", "training.epochs=1")
+    assert main(arguments(data, tmp_path / "run", *short, options=("--val-split", "none"))) == 0
+    warned = capsys.readouterr().err
+    assert "random weights" in warned
+    assert "--backbone-weights FILE" in warned
+    assert main(["--out", str(tmp_path / "run"), "--resume", "--device", "cpu"]) == 0
+    assert main(arguments(data, tmp_path / "other", *short, options=("--val-split", "none", "--quiet"))) == 0
+    assert "random weights" not in capsys.readouterr().err
+
+
 def test_early_stop_and_no_validation(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("training.workers=0", "training.epochs=6", "training.early_stop_epochs=1", "training.lr=1e-9", "training.ema_decay=0")
     assert main(arguments(data, tmp_path / "run", *settings)) == 0
@@ -183,7 +194,8 @@ def test_early_stop_and_no_validation(data: Path, tmp_path: Path, capsys: pytest
 def test_init_takes_what_fits(data: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--init", str(whole_run / "best.pt"), "--classes", "disc,square,triangle,cube")
     assert main(arguments(data, tmp_path / "run", "training.workers=0", "training.epochs=1", options=options)) == 0
-    printed = capsys.readouterr().out
+    printed, complained = capsys.readouterr()
+    assert "random weights" not in complained
     assert "starting anew: head." in printed
     assert "backbone" not in printed.partition("starting anew")[2].splitlines()[0]
 
