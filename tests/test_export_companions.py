@@ -20,6 +20,7 @@ from export.report import markdown, table
 from export.triton import continue_config, triton_config
 from export.verify import CaseResult, Gates, Report
 from service.manifest import Manifest
+from service.providers import provider_stack
 from service.runtime import OnnxRuntime
 
 
@@ -52,6 +53,16 @@ def io_of(session: ort.InferenceSession) -> dict[str, tuple[str, list[object]]]:
     """Every input, required or not, and output as ONNX Runtime reads it: its type and its axes, of which named ones are free."""
     tensors = [*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs()]
     return {t.name: (t.type, [side if isinstance(side, int) else -1 for side in t.shape]) for t in tensors}
+
+
+def test_triton_searches_convolutions_as_the_service_does(manifest: Manifest) -> None:
+    """Triton's backend takes numbers for the names of the CUDA provider's options, and reads them from `parameters` in every version."""
+    (_, options), _ = provider_stack("cuda")
+    for text in (triton_config(manifest), continue_config(manifest, 8)):
+        told = text_format.Parse(text, model_config_pb2.ModelConfig()).parameters
+        searches, strategies = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"), ("kNextPowerOfTwo", "kSameAsRequested")
+        assert searches[int(told["cudnn_conv_algo_search"].string_value)] == options["cudnn_conv_algo_search"]
+        assert strategies[int(told["arena_extend_strategy"].string_value)] == options["arena_extend_strategy"]
 
 
 def test_triton_config_of_dense_nms_lists_the_certificate(manifest: Manifest, exported: Exported) -> None:
