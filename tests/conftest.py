@@ -16,7 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def detection_data() -> Path:
-    """The folder of real images, annotations and weights: DETECTION_DATA, or shared/data beside the checkout."""
+    """The folder of real images, annotations and weights: DETECTION_DATA, else ../shared/data beside the checkout, if there is one.
+
+    What the tests look for in it (each folder is described where it is used; without the folder exactly these tests skip):
+
+    - bccd/: Shenggan/BCCD_Dataset (VOC layout), 364 photographs of blood cells
+    - coco128/, coco_json/, eval_ref/: a few COCO photographs with their annotations; ground truth, detections and the figures that
+      pycocotools and two other published evaluations print for them
+    - weights/: ImageNet weights of MobileNetV2 as torchvision state dicts, mobilenet_v2_features_imagenet.pth and the classifier
+    - awkward/, exif_orientation/: picture files that decoders stumble over, with INDEX.tsv and expected.json
+    """
     path = Path(os.environ.get("DETECTION_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; set DETECTION_DATA to the folder that holds bccd/, coco128/, ...")

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FOLDERS = ("service", "model", "export", "benchmarks", "tests")
+FOLDERS = ("service", "model", "export", "deploy", "benchmarks", "tests")
 ALLOWED = {
     "service": {"service"},
     "model": {"model"},
     "export": {"export", "model", "service"},
-    "benchmarks": {"benchmarks", "export", "model", "service"},
+    "deploy": {"deploy", "service"},
+    "benchmarks": {"benchmarks", "deploy", "export", "model", "service"},
 }
 SERVICE_NEVER = {"torch", "torchvision", "onnx", "onnxscript"}
 
