@@ -1,4 +1,4 @@
-"""Joins the parts: the only module that reads settings and knows all others."""
+"""Joins the parts: the only module that knows all others. What each needs of the settings it gets from here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from service import __version__, admin, catalogue, openapi, routes, site, v2
+from service import __version__, admin, catalogue, openapi, routes, site, v2, v2_openapi
 from service.auth import KeyRing, read_keys
 from service.head import HeadMiddleware
 from service.health import EXIT_DEVICE_LOST, EXIT_NO_MODEL, Health
@@ -21,7 +21,7 @@ from service.images import ImageLimits
 from service.inference import make_steps
 from service.loading import Loader, from_runtime, open_onnx, require_models
 from service.metrics import Metrics
-from service.middleware import BodyLimitMiddleware, ContextMiddleware, DirectMiddleware, KeyMiddleware
+from service.middleware import BodyLimitMiddleware, ContextMiddleware, DirectMiddleware, KeyMiddleware, needs_key
 from service.parts import Parts
 from service.pipeline import Pipeline
 from service.problems import install_handlers
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Post a picture, get boxes, classes and scores. "
-    "Errors are problem+json (RFC 9457) with a stable `code` and a `detail` that says what to do."
+    "Errors are problem+json (RFC 9457) with a stable `code` and a `detail` that says what to do. "
+    "Where the operator asks for keys, send yours as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
 )
 
 NO_TRACES: TelemetryConfig = {"tracing": False}
@@ -83,7 +84,7 @@ def create_app(settings: Settings | None = None, *, runtime: Runtime | None = No
         app.include_router(v2.admin_router)
     app.router.routes.append(site.page_files())
     _surround(app, parts)
-    _complete_openapi(app)
+    _complete_openapi(app, parts)
     return app
 
 
@@ -99,6 +100,7 @@ def create_operations_app(parts: Parts) -> FastAPI:
         app.include_router(admin.router)
         app.include_router(v2.admin_router)
     app.router.routes.append(site.page_files())
+    _complete_openapi(app, parts)
     return app
 
 
@@ -174,13 +176,16 @@ def _surround(app: FastAPI, parts: Parts) -> None:
     app.add_middleware(ContextMiddleware, metrics=parts.metrics, health=parts.health, access_log=settings.access_log)
 
 
-def _complete_openapi(app: FastAPI) -> None:
-    """The routes that parse their own requests refer to schemas that the framework does not see."""
+def _complete_openapi(app: FastAPI, parts: Parts) -> None:
+    """The routes that parse their own requests refer to schemas that the framework does not see, and keys are asked for around it."""
     framework_openapi = app.openapi
 
     def complete() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = openapi.add_schemas(framework_openapi())
+            document = framework_openapi()
+            openapi.add_schemas(document, v2_openapi.SCHEMAS)
+            openapi.add_keys(document, needs_key, optional=parts.api_keys is None)
+            app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = complete  # type: ignore[method-assign]

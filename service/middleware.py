@@ -206,8 +206,13 @@ class DirectMiddleware:
         await response(scope, receive, send)
 
 
+def needs_key(path: str) -> bool:
+    """Whether a path is part of the API; health, metrics and pages are for everybody."""
+    return path.startswith(KEYED_PREFIXES) and not path.startswith(OPEN_PREFIXES)
+
+
 class KeyMiddleware:
-    """Asks for an API key on the API's paths; health, metrics and pages stay open."""
+    """Asks for an API key on the API's paths."""
 
     def __init__(self, app: ASGIApp, *, keys: KeyRing, admin_keys: KeyRing | None, metrics: Metrics) -> None:
         self._app = app
@@ -217,7 +222,7 @@ class KeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if scope["type"] == "http" and path.startswith(KEYED_PREFIXES) and not path.startswith(OPEN_PREFIXES):
+        if scope["type"] == "http" and needs_key(path):
             try:
                 scope["context"].fields["client"] = self._holder(Headers(scope=scope))
             except DetectorError as error:

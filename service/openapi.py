@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -16,7 +17,7 @@ REF_TEMPLATE = "#/components/schemas/{model}"
 EXAMPLE_ANSWER = {
     "model": {"name": "blood-cells", "version": "1"},
     "image": {"width": 640, "height": 480},
-    "detections": [{"box": [88.1, 40.2, 190.7, 151.9], "class": "WBC", "class_id": 2, "score": 0.97}],
+    "detections": [{"box": [88.1, 40.2, 190.7, 151.9], "class": "WBC", "class_id": 3, "score": 0.97}],
     "timing_ms": {"decode": 2.1, "queue": 0.3, "infer": 11.8, "total": 15.2},
 }
 
@@ -79,13 +80,13 @@ def error_responses(kinds: tuple[type[errors.DetectorError], ...]) -> dict[int |
     return responses
 
 
-def _option_schemas() -> dict[str, dict[str, Any]]:
-    return dict(DetectOptions.model_json_schema()["properties"])
+def _option_schemas(without: str | None = None) -> dict[str, dict[str, Any]]:
+    return {name: schema for name, schema in DetectOptions.model_json_schema()["properties"].items() if name != without}
 
 
-def _query_parameters() -> list[dict[str, Any]]:
+def _query_parameters(without: str | None = None) -> list[dict[str, Any]]:
     parameters = []
-    for name, schema in _option_schemas().items():
+    for name, schema in _option_schemas(without).items():
         schema = dict(schema)
         description = schema.pop("description", "")
         if name == "classes":
@@ -98,15 +99,16 @@ def _binary() -> dict[str, Any]:
     return {"schema": {"type": "string", "format": "binary"}}
 
 
-def _fields(name: str, picture: dict[str, Any]) -> dict[str, Any]:
+def _fields(name: str, picture: dict[str, Any], without: str | None = None) -> dict[str, Any]:
     """A form or JSON object: the picture or pictures, and the options."""
-    return {
-        "schema": {"type": "object", "required": [name], "properties": {name: picture, **_option_schemas()}, "additionalProperties": False}
-    }
+    properties = {name: picture, **_option_schemas(without)}
+    return {"schema": {"type": "object", "required": [name], "properties": properties, "additionalProperties": False}}
 
 
 _BASE64 = {"type": "string", "contentEncoding": "base64", "description": "A picture's bytes in base64."}
 _FILE = {"type": "string", "format": "binary"}
+_NOT_FOR_MANY = "format"
+"""A batch is answered in JSON."""
 
 DETECT: dict[str, Any] = {
     "response_model": None,
@@ -151,15 +153,21 @@ BATCH: dict[str, Any] = {
         **error_responses(DETECT_ERRORS),
     },
     "openapi_extra": {
-        "parameters": _query_parameters(),
+        "parameters": _query_parameters(_NOT_FOR_MANY),
         "requestBody": {
             "required": True,
             "content": {
-                "multipart/form-data": _fields("images", {"type": "array", "items": _FILE, "minItems": 1}),
-                "application/json": _fields("images", {"type": "array", "items": _BASE64, "minItems": 1}),
+                "multipart/form-data": _fields("images", {"type": "array", "items": _FILE, "minItems": 1}, _NOT_FOR_MANY),
+                "application/json": _fields("images", {"type": "array", "items": _BASE64, "minItems": 1}, _NOT_FOR_MANY),
             },
         },
     },
+}
+
+
+KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "`Authorization: Bearer KEY`"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "`X-API-Key: KEY`"},
 }
 
 
@@ -174,12 +182,29 @@ def _replace_validation_errors(document: dict[str, Any]) -> None:
         document["components"]["schemas"].pop(name, None)
 
 
-def add_schemas(document: dict[str, Any]) -> dict[str, Any]:
-    """Put the schemas that the routes above refer to into the document's components."""
+def add_schemas(document: dict[str, Any], models: Iterable[type[BaseModel]] = ()) -> None:
+    """Put the schemas that the routes above refer to, and those of other modules' routes, into the document's components."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     _replace_validation_errors(document)
-    for model in (DetectAnswer, BatchAnswer, Problem):
+    own: tuple[type[BaseModel], ...] = (DetectAnswer, BatchAnswer, Problem)
+    for model in (*own, *models):
         schema = model.model_json_schema(ref_template=REF_TEMPLATE, by_alias=True, mode="serialization")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
-    return document
+
+
+def add_keys(document: dict[str, Any], needs_key: Callable[[str], bool], *, optional: bool) -> None:
+    """Say where a key goes, and which routes want one.
+
+    Args:
+        needs_key: tells by the path, where keys are on.
+        optional: they are off, so a key is taken and not looked at, but for admin routes.
+    """
+    document["components"]["securitySchemes"] = KEY_SCHEMES
+    either: list[dict[str, list[str]]] = [{name: []} for name in KEY_SCHEMES]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if "admin" in operation.get("tags", ()):
+                operation["security"] = either
+            elif needs_key(path):
+                operation["security"] = [{}, *either] if optional else either

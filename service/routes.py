@@ -1,4 +1,4 @@
-"""/v1: detection on one picture and on many, and what models there are."""
+"""/v1/detect: detection on one picture and on many. Which models there are is catalogue.py's."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from service import __version__
+from service import __version__, v2_openapi
 from service.admin import require_admin
 from service.errors import DetectorError, MalformedRequest, NotReady
 from service.images import Prepared, choose_bucket, to_original_frame
@@ -58,20 +58,20 @@ class OpenInference:
 
     def router(self) -> APIRouter:
         """Every route but those that change the repository."""
-        router = APIRouter(prefix="/v2", tags=["open inference protocol"], include_in_schema=False)
-        router.add_api_route("", self.server_metadata)
-        router.add_api_route("/health/live", self.live)
-        router.add_api_route("/health/ready", self.ready)
-        router.add_api_route("/models/stats", self.all_statistics)
+        router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+        router.add_api_route("", self.server_metadata, **v2_openapi.SERVER)
+        router.add_api_route("/health/live", self.live, **v2_openapi.LIVE)
+        router.add_api_route("/health/ready", self.ready, **v2_openapi.READY)
+        router.add_api_route("/models/stats", self.all_statistics, **v2_openapi.ALL_STATISTICS)
         for prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
-            router.add_api_route(prefix, self.model_metadata)
-            router.add_api_route(prefix + "/ready", self.model_ready)
-            router.add_api_route(prefix + "/config", self.model_config)
-            router.add_api_route(prefix + "/stats", self.model_statistics)
-            router.add_api_route(prefix + "/infer", self.infer, methods=["POST"], route_class_override=DetectingRoute)
-        router.add_api_route("/repository/index", self.repository_index, methods=["POST"])
+            told = v2_openapi.model_routes(prefix)
+            router.add_api_route(prefix, self.model_metadata, **told[""])
+            for path, answer in (("/ready", self.model_ready), ("/config", self.model_config), ("/stats", self.model_statistics)):
+                router.add_api_route(prefix + path, answer, **told[path])
+            router.add_api_route(prefix + "/infer", self.infer, methods=["POST"], route_class_override=DetectingRoute, **told["/infer"])
+        router.add_api_route("/repository/index", self.repository_index, methods=["POST"], **v2_openapi.INDEX)
         for path in ("/trace/setting", "/models/{name}/trace/setting", "/logging", "/{kind}sharedmemory/{rest:path}"):
-            router.add_api_route(path, not_offered, methods=["GET", "POST"])
+            router.add_api_route(path, not_offered, methods=["GET", "POST"], include_in_schema=False)
         return router
 
     async def server_metadata(self) -> Response:
@@ -115,7 +115,12 @@ class OpenInference:
         return _json(index(self._parts.repository, ready_only=document.get("ready") is True))
 
     async def infer(self, request: Request) -> Response:
-        """Detect on one or many pictures. One that cannot be answered fails the request, since the protocol has no place for its error."""
+        """Detect on one or many pictures. One that cannot be answered fails the request, since the protocol has no place for its error.
+
+        Every model has two names. `NAME` takes `IMAGE`, `BYTES [B, 1]`: whole files, in any format that /v1 takes; boxes are in pixels of
+        the picture. `NAME_tensor` takes `images`, `UINT8 [B, H, W, 3]`, and `image_sizes_hw`, `INT64 [B, 2]`: pixels that the client
+        resized and padded; boxes are in that frame. Both give `boxes`, `scores`, `labels` and `num_detections`.
+        """
         face = self._face(request)
         try:
             with face.served.lease():
@@ -176,12 +181,12 @@ async def not_offered(request: Request) -> Response:
     raise NotOffered(f"{request.url.path[:120]!r} is a part of the protocol that this server does not offer; GET /v2 lists what it does")
 
 
-admin_router = APIRouter(prefix="/v2/repository/models", dependencies=[Depends(require_admin)], include_in_schema=False)
+admin_router = APIRouter(prefix="/v2/repository/models", tags=["admin"], dependencies=[Depends(require_admin)])
 """Exists only where admin keys do."""
 
 
-@admin_router.post("/{name}/load")
-async def load(request: Request, name: str) -> Response:
+@admin_router.post("/{name}/load", **v2_openapi.LOAD)
+async def load(request: Request) -> Response:
     """Load the newest version aside, warm and check it, then let it answer."""
     document = await _small_document(request)
     if _parameters(document):
@@ -189,18 +194,18 @@ async def load(request: Request, name: str) -> Response:
             "a model is loaded from the service's own repository as it is; files and configurations in a request are refused"
         )
     repository = parts_of(request).repository
-    await repository.load(_known_name(repository, name))
+    await repository.load(_known_name(repository, request.path_params["name"]))
     return _json({})
 
 
-@admin_router.post("/{name}/unload")
-async def unload(request: Request, name: str) -> Response:
+@admin_router.post("/{name}/unload", **v2_openapi.UNLOAD)
+async def unload(request: Request) -> Response:
     """Take a model, under both its names, out of service until it is loaded again. What is in flight finishes."""
     unknown = set(_parameters(await _small_document(request))) - UNLOAD_PARAMETERS
     if unknown:
         raise MalformedRequest(f"parameter {min(unknown)[:80]!r} of unload is not known; expected {', '.join(UNLOAD_PARAMETERS)}")
     repository = parts_of(request).repository
-    await repository.unload(_known_name(repository, name))
+    await repository.unload(_known_name(repository, request.path_params["name"]))
     return _json({})
 
 

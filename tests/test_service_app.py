@@ -1,4 +1,4 @@
-"""The app as a whole: readiness, identity, keys, pages, the OpenAPI document, the order of shutting down."""
+"""The app as a whole: readiness, identity, keys, pages, the order of shutting down."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from service.app import create_app, create_operations_app
 from service.auth import make_key
 from service.errors import DetectorError
 from service.health import Health
-from service.options import OPTION_NAMES
 
 PNG = {"content-type": "image/png"}
 
@@ -359,50 +358,7 @@ def test_cors_only_by_setting_and_only_for_the_named():
     run(scenario())
 
 
-# OpenAPI
-
-
-def test_openapi_describes_what_the_routes_do():
-    async def scenario():
-        async with fake_service() as (client, _, _):
-            document = (await client.get("/openapi.json")).json()
-            detect = document["paths"]["/v1/detect"]["post"]
-            assert [parameter["name"] for parameter in detect["parameters"]] == list(OPTION_NAMES)
-            assert set(detect["requestBody"]["content"]) == {
-                "image/*",
-                "application/octet-stream",
-                "multipart/form-data",
-                "application/json",
-            }
-            assert {int(status) for status in detect["responses"]} == {200, 400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504}
-            for reference in re.findall(r'"\$ref":"#/components/schemas/([^"]+)"', (await client.get("/openapi.json")).text):
-                assert reference in document["components"]["schemas"], reference
-            named = {
-                example["value"]["code"]
-                for response in detect["responses"].values()
-                for example in response["content"].get("application/problem+json", {}).get("examples", {}).values()
-            }
-            assert {"queue_full", "deadline", "too_large", "too_many_pixels", "not_ready", "draining"} <= named
-
-    run(scenario())
-
-
-def test_answers_and_errors_fit_their_schemas():
-    jsonschema = pytest.importorskip("jsonschema")
-
-    async def scenario():
-        async with fake_service() as (client, _, _):
-            schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
-
-            def check(document, name):
-                jsonschema.validate(document, {"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}})
-
-            check((await client.post("/v1/detect", content=picture(), headers=PNG)).json(), "DetectAnswer")
-            check((await client.post("/v1/detect", content=b"x", headers=PNG)).json(), "Problem")
-            check((await client.post("/v1/detect/batch", json={"images": ["!!", "eA=="]})).json(), "BatchAnswer")
-            check((await client.get("/v1/models")).json(), "ModelList")
-
-    run(scenario())
+# Errors
 
 
 def test_codes_and_statuses_of_errors_are_unique_and_documented():

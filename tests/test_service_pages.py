@@ -233,6 +233,9 @@ def test_key_is_asked_for_and_used(open_page: OpenPage, tmp_path: Path) -> None:
         expect(page.locator(".box")).to_have_count(ABOVE_HALF)
         expect(page.locator("#snippet-code")).to_contain_text("$DETECTOR_API_KEY")
         assert key not in page.content()
+        told = open_page("docs", at=locked)
+        expect(told.locator("#post-v1-detect")).to_contain_text("Needs a key.")
+        expect(told.locator("#get-healthz")).not_to_contain_text("Needs a key.")
     finally:
         locked.stop()
 
@@ -325,6 +328,8 @@ def test_api_page_shows_every_route(open_page: OpenPage, page_host: PageServer) 
     operations = [(path, verb) for path, verbs in document["paths"].items() for verb in verbs]
     expect(page.locator(".operation")).to_have_count(len(operations))
     detect = page.locator("#post-v1-detect")
+    expect(detect).not_to_contain_text("Needs a key.")
+    expect(page.locator("#post-v2-models-name-infer")).to_contain_text("NAME_tensor takes images")
     for option in ("score_threshold", "max_detections", "classes"):
         expect(detect).to_contain_text(option)
 

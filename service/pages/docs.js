@@ -133,12 +133,19 @@ function answerBlocks(document, operation) {
   return [...section("Answer", rows), ...exampleBlock(document, good), ...errors];
 }
 
+/** Where the service asks for keys, and always for what changes it. */
+function keyNote(operation) {
+  const needed = operation.security?.length && operation.security.every((choice) => Object.keys(choice).length);
+  return needed ? make("p", "muted", operation.tags?.includes("admin") ? "Needs an admin key." : "Needs a key.") : null;
+}
+
 function operationCard(document, path, verb, operation) {
   const card = make(
     "section", "card operation",
     make("h2", "", make("span", "verb", verb.toUpperCase()), path),
     operation.summary ? make("p", "", make("b", "", operation.summary)) : null,
     ...paragraphs(operation.description),
+    keyNote(operation),
     ...section("Options", optionRows(document, operation)),
     ...section("Body", bodyRows(document, operation)),
     ...answerBlocks(document, operation),
