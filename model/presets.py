@@ -98,7 +98,8 @@ def mobilenet_v2_fpn(class_names: ClassNames) -> Preset:
 def resnet50_fpn(class_names: ClassNames) -> Preset:
     """ResNet-50 with a pyramid, torchvision's V1 network weight for weight (41.8 M parameters).
 
-    `torchrun --nproc-per-node 8 -m model.train --preset resnet50_fpn COCO --out runs/r50`
+    `torchrun --nproc-per-node 8 -m model.train --preset resnet50_fpn --data COCO --train-split train2017 --val-split val2017
+    --out runs/r50`
 
     Published on COCO val2017: AP 37.0 after 26 epochs (torchvision, 8 GPUs x 2), 37.9 after 12 (detectron2, 8 V100, 0.21 s a
     step: 5.3 hours). One CPU core learns from 0.11 pictures/s, from 0.7 at 256 px.
@@ -117,7 +118,8 @@ def resnet50_fpn(class_names: ClassNames) -> Preset:
 def resnet50_fpn_v2(class_names: ClassNames) -> Preset:
     """ResNet-50 with batch norm throughout, a two-layer RPN and a convolutional head, torchvision's V2 network (43.7 M parameters).
 
-    `torchrun --nproc-per-node 8 -m model.train --preset resnet50_fpn_v2 COCO --out runs/v2`
+    `torchrun --nproc-per-node 8 -m model.train --preset resnet50_fpn_v2 --data COCO --train-split train2017 --val-split val2017
+    --out runs/v2`
 
     Published on COCO val2017: AP 46.7 after 400 epochs with large-scale jitter (torchvision). One CPU core learns from 0.22 pictures/s at
     256 px; the time on GPUs is not known here.
@@ -139,7 +141,8 @@ def resnet50_fpn_v2(class_names: ClassNames) -> Preset:
 def resnet101_fpn(class_names: ClassNames) -> Preset:
     """ResNet-101 with a pyramid (60.7 M parameters).
 
-    `torchrun --nproc-per-node 8 -m model.train --preset resnet101_fpn COCO --out runs/r101`
+    `torchrun --nproc-per-node 8 -m model.train --preset resnet101_fpn --data COCO --train-split train2017 --val-split val2017
+    --out runs/r101`
 
     Published on COCO val2017: AP 42.0 after 37 epochs (detectron2, 8 V100), 39.4 (mmdetection, 12 epochs). One CPU core learns from 0.54
     pictures/s at 256 px; the time on GPUs is not known here.
@@ -152,7 +155,8 @@ def resnet101_fpn(class_names: ClassNames) -> Preset:
 def mobilenet_v3_large_fpn(class_names: ClassNames) -> Preset:
     """MobileNetV3-Large with torchvision's three-level pyramid, two of them at stride 32 (19.4 M parameters).
 
-    `torchrun --nproc-per-node 8 -m model.train --preset mobilenet_v3_large_fpn COCO --out runs/m3`
+    `torchrun --nproc-per-node 8 -m model.train --preset mobilenet_v3_large_fpn --data COCO --train-split train2017 --val-split val2017
+    --out runs/m3`
 
     Published on COCO val2017: AP 32.8 after 26 epochs (torchvision). One CPU core learns from 0.86 pictures/s; the time on GPUs is not
     known here.
@@ -173,7 +177,8 @@ def mobilenet_v3_large_fpn(class_names: ClassNames) -> Preset:
 def mobilenet_v3_large_320_fpn(class_names: ClassNames) -> Preset:
     """The same network at short side 320 with 150 proposals: torchvision's fastest.
 
-    `torchrun --nproc-per-node 8 -m model.train --preset mobilenet_v3_large_320_fpn COCO --out runs/m320`
+    `torchrun --nproc-per-node 8 -m model.train --preset mobilenet_v3_large_320_fpn --data COCO --train-split train2017 --val-split val2017
+    --out runs/m320`
 
     Published on COCO val2017: AP 22.8 after 26 epochs (torchvision). Two CPU cores learn from 6.9 pictures/s.
     """
@@ -198,7 +203,8 @@ def _c4(body: str, class_names: ClassNames) -> Preset:
 def resnet50_c4(class_names: ClassNames) -> Preset:
     """ResNet-50 up to stride 16, its last stage on every RoI.
 
-    `torchrun --nproc-per-node 8 -m model.train --preset resnet50_c4 COCO --out runs/c4`
+    `torchrun --nproc-per-node 8 -m model.train --preset resnet50_c4 --data COCO --train-split train2017 --val-split val2017
+    --out runs/c4`
 
     Published on COCO val2017: AP 35.7 after 12 epochs (detectron2, 8 V100, 102 ms a picture). One CPU core learns from 0.03 pictures/s at
     256 px: its head, not the picture's size, takes the time, and a GPU is needed.
@@ -209,7 +215,8 @@ def resnet50_c4(class_names: ClassNames) -> Preset:
 def resnet101_c4(class_names: ClassNames) -> Preset:
     """ResNet-101 up to stride 16, its last stage on every RoI.
 
-    `torchrun --nproc-per-node 8 -m model.train --preset resnet101_c4 COCO --out runs/c4`
+    `torchrun --nproc-per-node 8 -m model.train --preset resnet101_c4 --data COCO --train-split train2017 --val-split val2017
+    --out runs/c4`
 
     Published: AP 34.9 on COCO (the ResNet paper's baseline in later literature), mAP 75.2 on VOC07 (jwyang). As slow on a
     CPU as `resnet50_c4`.
@@ -241,7 +248,7 @@ def _paper(body: str, class_names: ClassNames, *, frozen: int, rpn_hidden: int, 
 def vgg16(class_names: ClassNames) -> Preset:
     """The paper's large network: VGG-16, RoIPool, fc6 and fc7, nine anchors at stride 16.
 
-    `python -m model.train --preset vgg16 VOC07 --backbone-weights vgg16.pth --out runs/vgg`
+    `python -m model.train --preset vgg16 --data VOC07 --backbone-weights vgg16.pth --out runs/vgg`
 
     Published on VOC07 test: mAP 69.9 trained on VOC07, 73.2 on 07+12; 198 ms a picture on a K40. One CPU core learns from
     0.41 pictures/s at 256 px.
@@ -252,7 +259,7 @@ def vgg16(class_names: ClassNames) -> Preset:
 def zf(class_names: ClassNames) -> Preset:
     """The paper's small network: Zeiler & Fergus, RoIPool, fc6 and fc7, nine anchors at stride 16.
 
-    `python -m model.train --preset zf VOC07 --backbone-weights zf.pth --out runs/zf`
+    `python -m model.train --preset zf --data VOC07 --backbone-weights zf.pth --out runs/zf`
 
     Published on VOC07 test: mAP 59.9, five runs 59.5 to 60.4; 59 ms a picture on a K40. One CPU core learns from 1.4 pictures/s at 256 px.
     """

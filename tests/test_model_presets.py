@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models import detection
 
+from model import alternate, train
 from model.config import config_from_dict, to_dict
 from model.faster_rcnn import FasterRCNN, Targets, build_detector
 from model.presets import PRESETS
@@ -36,7 +39,17 @@ def test_preset_builds_and_survives_a_checkpoint(name: str) -> None:
     with torch.device("meta"):
         detector = FasterRCNN(preset.detector)
     assert detector.head.cls_score.out_features == 3
-    assert f"--preset {name} " in (PRESETS[name].__doc__ or "") or name.endswith("_c4"), "the docstring states the command"
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_command_that_a_preset_states_is_one(name: str) -> None:
+    told = " ".join((PRESETS[name].__doc__ or "").split())
+    command = re.search(r"`(?:python|torchrun --nproc-per-node 8) -m model\.(train|alternate) ([^`]+)`", told)
+    assert command, "the docstring states the command"
+    program, arguments = command.groups()
+    options = {"train": train, "alternate": alternate}[program].build_parser().parse_args(shlex.split(arguments))
+    assert options.preset == name
+    assert options.data
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2_fpn", "mobilenet_v2_c4", "resnet50_c4", "vgg16", "zf"])
