@@ -71,7 +71,7 @@ def main() -> int:
 
     def open_mortal(**options: object) -> loading.OpenRuntime:
         open_runtime = usual(**options)
-        return lambda path, device: MortalRuntime(open_runtime(path, device), state, image_s, device)
+        return lambda path, device, largest_batch: MortalRuntime(open_runtime(path, device, largest_batch), state, image_s, device)
 
     app.open_onnx = open_mortal
     settings = load_settings()

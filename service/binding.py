@@ -17,7 +17,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 BOUND_SHAPES = 32
-"""Shapes whose device buffers are kept, one a (bucket, batch size). With CUDA graphs all are: a recording keeps its addresses."""
+"""Shapes whose device buffers are kept where any may come. Where batches are filled up there are few, and a recording keeps its addresses:
+then all are."""
 GRAPH_ID = "gpu_graph_id"
 NO_GRAPH = "-1"
 """A run with this graph id is neither recorded nor replayed."""
@@ -99,11 +100,21 @@ class _Bound:
     options: Any
 
 
+def full_size(count: int, largest: int | None = None) -> int:
+    """How many images a batch of `count` is filled up to: the next power of two, or `largest` where that is less.
+
+    Few sizes, so that a warm-up can run them all. A batch beyond `largest` stays as it is.
+    """
+    full = 1 << (count - 1).bit_length()
+    return full if largest is None else max(count, min(full, largest))
+
+
 class BoundSession:
     """Runs a session on buffers that stay on the device, one set a shape.
 
-    With `graphs` each shape's kernels are recorded once and replayed: inputs and outputs then have fixed addresses, and a batch is
-    filled up with empty pictures to the next power of two, so that no shape comes that the warm-up has not recorded.
+    Where the largest batch is known, smaller ones are filled up with empty pictures (`full_size`): a device that prepares itself for
+    every new shape then meets none that the warm-up has not run. With `graphs` each shape's kernels are recorded once and replayed:
+    inputs and outputs then have fixed addresses, and batches are filled up in any case.
     """
 
     def __init__(
@@ -114,12 +125,14 @@ class BoundSession:
         device_id: int = 0,
         *,
         graphs: bool = False,
+        largest_batch: int | None = None,
         host: HostBuffer | None = None,
     ) -> None:
         """Take the session and the outputs to fetch.
 
         Args:
             graphs: the session was opened with `enable_cuda_graph`.
+            largest_batch: no batch is larger, and smaller ones may be filled up; None runs every batch as it comes.
             host: where batches are built.
         """
         self.host = host or HostBuffer()
@@ -127,24 +140,32 @@ class BoundSession:
         self._outputs = list(outputs)
         self._device = (device_type, device_id)
         self._graphs = graphs
+        self._largest_batch = largest_batch
+        self._fills_up = graphs or largest_batch is not None
         self._graph_ids = 0
         self._shapes: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """[B, H, W, 3] of every batch that has buffers: what the session was run with."""
+        return list(self._shapes)
 
     def run(self, images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64]) -> list[NDArray[Any]]:
         """The outputs for images [B, H, W, 3] and sizes [B, 2]."""
         count = len(images)
-        if self._graphs:
+        if self._fills_up:
             images, image_sizes_hw = self._fill_up(images, image_sizes_hw)
         bound = self._bound(images.shape)
         bound.images.update_inplace(np.ascontiguousarray(images))
         bound.sizes_hw.update_inplace(np.ascontiguousarray(image_sizes_hw))
         self._session.run_with_iobinding(bound.binding, bound.options)
-        values = [value.numpy() for value in bound.outputs] if bound.outputs else bound.binding.copy_outputs_to_cpu()
-        return [np.array(value[:count]) if bound.outputs else value for value in values]
+        if bound.outputs:
+            return [np.array(value.numpy()[:count]) for value in bound.outputs]
+        return [value[:count] for value in bound.binding.copy_outputs_to_cpu()]
 
     def _fill_up(self, images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         count = len(images)
-        full = 1 << (count - 1).bit_length()
+        full = full_size(count, self._largest_batch)
         if full == count:
             return images, image_sizes_hw
         rows = images.copy() if self.host.holds(images) else images  # the buffer may move when it grows
@@ -155,7 +176,7 @@ class BoundSession:
     def _bound(self, shape: tuple[int, ...]) -> _Bound:
         if shape not in self._shapes:
             self._shapes[shape] = self._bind(shape)
-            if len(self._shapes) > BOUND_SHAPES and not self._graphs:
+            if len(self._shapes) > BOUND_SHAPES and not self._fills_up:
                 self._shapes.popitem(last=False)
         self._shapes.move_to_end(shape)
         return self._shapes[shape]

@@ -21,8 +21,8 @@ VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 logger = logging.getLogger(__name__)
 
-OpenRuntime = Callable[[Path, int], Runtime]
-"""(model file, device number) -> a runtime on that device."""
+OpenRuntime = Callable[[Path, int, int], Runtime]
+"""(model file, device number, largest batch) -> a runtime on that device."""
 
 
 class NoModel(RuntimeError):
@@ -146,8 +146,8 @@ class Loader:
             for index, device in enumerate(self._devices):
                 if index in self._lost:
                     continue
-                runtime = runtimes[index] = self._open_runtime(path, device)
-                costs = warm_up(runtime, self._max_batch_size)
+                runtime = runtimes[index] = self._open_runtime(path, device, self._max_batch_size)
+                costs = _slower(costs, warm_up(runtime, self._max_batch_size))
                 check_golden(runtime)
                 if isinstance(runtime, OnnxRuntime):
                     runtime.trim()
@@ -181,6 +181,11 @@ class Loader:
         )
 
 
+def _slower(costs: CostTable, others: CostTable) -> CostTable:
+    """What either device needs at most, for the batches that fit into both: any device may get any batch."""
+    return {key: max(costs.get(key, 0.0), seconds) for key, seconds in others.items() if not costs or key in costs}
+
+
 def _warn_of_other_identity(manifest: Manifest, name: str, version: str) -> None:
     """The folder decides what a version is called; a copy under another name works, but is rarely meant."""
     if (manifest.name, manifest.version) != (name, version):
@@ -197,7 +202,7 @@ def open_onnx(
 ) -> OpenRuntime:
     """How this process opens model files; the arguments are OnnxRuntime's."""
 
-    def open_runtime(path: Path, device: int) -> Runtime:
+    def open_runtime(path: Path, device: int, largest_batch: int) -> Runtime:
         return OnnxRuntime(
             path,
             provider=provider,
@@ -205,6 +210,7 @@ def open_onnx(
             gpu_memory_limit_bytes=gpu_memory_limit_bytes,
             device_id=device,
             cuda_graphs=cuda_graphs,
+            largest_batch=largest_batch,
             on_unsettled=on_unsettled,
         )
 

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.binding import GRAPH_ID, NO_GRAPH, BoundSession, HostBuffer, pinned_buffer
-from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device_error
+from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device_error, first_line
 from service.errors import InferenceFailed
 from service.manifest import Bucket, Manifest, parse_manifest
 from service.providers import (
@@ -100,6 +100,7 @@ class OnnxRuntime:
         gpu_memory_limit_bytes: bound of the CUDA arena.
         device_id: which CUDA device.
         cuda_graphs: on CUDA, record each shape once and replay it; for files with dense NMS.
+        largest_batch: on a GPU, fill batches up to a few sizes not beyond this one (`full_size`); None runs them as they come.
         on_unsettled: told how many images of a batch had no certificate of their NMS and were finished by further runs.
 
     Raises:
@@ -115,6 +116,7 @@ class OnnxRuntime:
         gpu_memory_limit_bytes: int | None = None,
         device_id: int = 0,
         cuda_graphs: bool = False,
+        largest_batch: int | None = None,
         on_unsettled: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.provider = "cpu"
@@ -128,11 +130,11 @@ class OnnxRuntime:
                 name,
                 device_id=device_id,
                 memory_limit=gpu_memory_limit_bytes,
-                cuda_graphs=cuda_graphs,
+                cuda_graphs=cuda_graphs and name == "cuda",
                 tensorrt=self._plan.provider_options(device_id) if self._plan is not None else None,
             )
             try:
-                session = open_session(path, name, stack, intra_op_threads)
+                session = _open(path, name, stack, intra_op_threads)
             except RuntimeLoadError as error:
                 if provider != "auto" or name == "cpu":
                     raise
@@ -157,7 +159,11 @@ class OnnxRuntime:
         on_cpu = self.provider == "cpu"
         self._host = HostBuffer() if on_cpu else pinned_buffer()
         self._bound = (
-            None if on_cpu else BoundSession(self._session, self._outputs, "cuda", device_id, graphs=self._graphs, host=self._host)
+            None
+            if on_cpu
+            else BoundSession(
+                self._session, self._outputs, "cuda", device_id, graphs=self._graphs, largest_batch=largest_batch, host=self._host
+            )
         )
 
     @property
@@ -232,6 +238,20 @@ class OnnxRuntime:
         self._bound = None
         self._host.close()
         self._session = self._cpu_session = None
+
+
+def _open(path: Path, provider: str, stack: list[Any], intra_op_threads: int | None) -> ort.InferenceSession:
+    """A session; where the runtime cannot record this graph it says so at once, and then the file itself is whole."""
+    try:
+        return open_session(path, provider, stack, intra_op_threads)
+    except RuntimeLoadError as error:
+        if "graph capture" not in str(error).lower():
+            raise
+        reason = first_line(error.__cause__ or error)
+        raise RuntimeLoadError(
+            f"{path}: CUDA graphs cannot record this file, a part of it would run on the CPU or copy to it ({reason}); "
+            "export it again with `--nms dense`, or unset DETECTOR_CUDA_GRAPHS"
+        ) from error
 
 
 def _checked_outputs(session: ort.InferenceSession, path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from service_fakes import detect_colours
 from service_onnx import write_model
 from test_service_runtime import BATCHES, random_batch
 
-from service.binding import BOUND_SHAPES, GRAPH_ID, BoundSession, HostBuffer, pinned_buffer
+from service.binding import BOUND_SHAPES, GRAPH_ID, BoundSession, HostBuffer, full_size, pinned_buffer
 from service.providers import RuntimeLoadError, provider_stack
 from service.runtime import OUTPUTS, OnnxRuntime
 
@@ -80,6 +80,21 @@ def test_graphs_run_powers_of_two_at_fixed_addresses_with_an_id_a_shape(session)
     assert told.batch_sizes == [1, 4, 4, 4, 8, 1]
     assert told.graph_ids == ["1", "2", "2", "2", "3", "1"]  # 0 is the runtime's own, and a recording belongs to one shape
     assert len(outputs) == 4  # one set of addresses for each count that came
+
+
+def test_batches_are_filled_up_to_powers_of_two_and_not_beyond_the_largest():
+    assert [full_size(count, 12) for count in (1, 2, 3, 4, 5, 8, 9, 12, 13)] == [1, 2, 4, 4, 8, 8, 12, 12, 13]
+    assert [full_size(count) for count in (1, 3, 9)] == [1, 4, 16]
+
+
+def test_a_session_that_knows_its_largest_batch_keeps_the_buffers_of_every_size(session):
+    bound = BoundSession(session, OUTPUTS, "cpu", largest_batch=6)
+    widths = range(32, 32 * 20, 32)
+    for width in widths:
+        for count in (3, 5, 6, 1, 2, 4):
+            images, sizes_hw = random_batch((count, 96, width))
+            assert_right(bound.run(images, sizes_hw), images, sizes_hw)
+    assert sorted(bound.shapes) == sorted((count, 96, width, 3) for width in widths for count in (1, 2, 4, 6))
 
 
 def test_a_batch_built_in_the_host_buffer_is_filled_up_without_losing_rows(session):
@@ -166,6 +181,17 @@ def test_cuda_graphs_are_refused_for_a_file_that_waits_for_the_host(tmp_path, mo
     monkeypatch.setattr("service.runtime.open_session", lambda *_: told)
     with pytest.raises(RuntimeLoadError, match=r"CUDA graphs need a file with dense NMS.*unset DETECTOR_CUDA_GRAPHS"):
         OnnxRuntime(path, provider="cuda", cuda_graphs=True)
+
+
+def test_a_file_that_cuda_graphs_cannot_record_is_not_called_incomplete(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(RuntimeLoadError, match=r"CUDA graphs cannot record this file.*unset DETECTOR_CUDA_GRAPHS") as raised:
+        OnnxRuntime(write_model(tmp_path), provider="cuda", cuda_graphs=True)
+    assert "complete model.onnx" not in str(raised.value)
 
 
 def test_cuda_options_are_those_for_few_fixed_shapes():

@@ -12,18 +12,23 @@ from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 from service_fakes import FakeRuntime, detect_colours, make_manifest
 from service_onnx import colour_graph, golden, write_model
 
+from service.batch_costs import BatchCosts
+from service.binding import BoundSession
 from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device_error
 from service.errors import InferenceFailed
 from service.golden import GoldenMismatch, check_golden
+from service.loading import Loader
 from service.manifest import ManifestError
 from service.providers import open_session, provider_stack
 from service.runtime import (
+    OUTPUTS,
+    Detections,
     OnnxRuntime,
     ProviderMissing,
     RuntimeLoadError,
     provider_candidates,
 )
-from service.warm_up import warm_up
+from service.warm_up import telling_picture, warm_up
 
 BATCHES = [(1, 96, 160), (2, 160, 96), (3, 128, 128), (7, 96, 160)]
 
@@ -173,8 +178,15 @@ def test_warm_up_times_every_bucket_and_stops_where_batches_bring_nothing():
 
 
 def test_warm_up_goes_to_the_largest_batch_where_batching_pays():
-    constant = FakeRuntime(seconds=0.003)
-    assert {size for _, size in warm_up(constant, 8)} == {1, 2, 4, 8}
+    constant = FakeRuntime(seconds=0.02)
+    assert {size for _, size in warm_up(constant, 12)} == set(range(1, 13))
+    assert set(constant.batch_sizes) == {1, 2, 4, 8, 12}
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A warm-up that tries every size, however long a busy machine took for the one before."""
+    monkeypatch.setattr("service.warm_up.WORTHWHILE", float("inf"))
 
 
 def shapes_run_in_warm_up(runtime: FakeRuntime, max_batch_size: int) -> set[tuple[int, tuple[int, int]]]:
@@ -184,9 +196,102 @@ def shapes_run_in_warm_up(runtime: FakeRuntime, max_batch_size: int) -> set[tupl
     return shapes
 
 
+@pytest.mark.usefixtures("patient")
 def test_every_shape_is_run_on_a_device_that_prepares_itself_for_shapes():
     runtime = FakeRuntime(seconds=0.003)
-    assert shapes_run_in_warm_up(runtime, 4) == {(size, bucket) for size in (1, 2, 4) for bucket in runtime.manifest.input.buckets}
+    assert shapes_run_in_warm_up(runtime, 6) == {(size, bucket) for size in (1, 2, 4, 6) for bucket in runtime.manifest.input.buckets}
+
+
+class BoundRuntime(FakeRuntime):
+    """A runtime whose session sits behind the buffers that a GPU's has."""
+
+    def __init__(self, path: Path, largest_batch: int) -> None:
+        super().__init__()
+        self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.bound = BoundSession(self.session, OUTPUTS, "cpu", largest_batch=largest_batch)
+
+    def run(self, images, image_sizes_hw):
+        return Detections(*self.bound.run(images, image_sizes_hw))
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("largest", [1, 5, 8, 12])
+def test_no_batch_that_the_scheduler_may_take_brings_a_shape_that_was_not_warmed(tmp_path, largest):
+    runtime = BoundRuntime(write_model(tmp_path), largest)
+    table = warm_up(runtime, largest)
+    warmed = set(runtime.bound.shapes)
+    assert set(table) == {(bucket, size) for bucket in runtime.manifest.input.buckets for size in range(1, largest + 1)}
+    for bucket, size in table:
+        images, sizes_hw = random_batch((size, *bucket))
+        for found, expected in zip(runtime.run(images, sizes_hw), detect_colours(images, sizes_hw), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert set(runtime.bound.shapes) == warmed
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_size_that_is_filled_up_is_charged_what_it_really_takes():
+    table = warm_up(FakeRuntime(seconds=0.002, seconds_per_image=0.001), 8)
+    for bucket in make_manifest().input.buckets:
+        assert len({table[bucket, size] for size in (5, 6, 7, 8)}) == 1
+        assert table[bucket, 3] == table[bucket, 4] != table[bucket, 8]
+
+
+def test_the_warm_up_shows_a_picture_with_something_to_find():
+    manifest = make_manifest(golden=[golden(0.9)])
+    runtime, shown = FakeRuntime(manifest, seconds=0.001), []
+    runtime.before_run = shown.append
+    warm_up(runtime, 1)
+    original = telling_picture(manifest)
+    assert {image.shape[1:3] for image in shown} == set(manifest.input.buckets)
+    for images in shown:
+        height, width = (min(sides) for sides in zip(images.shape[1:3], original.shape[:2], strict=True))
+        np.testing.assert_array_equal(images[0, :height, :width], original[:height, :width])
+        assert images[0, -1, -1].tolist() == [220, 30, 30]  # to the last corner
+    assert telling_picture(make_manifest()).std() > 50
+
+
+def fits(most: int):
+    def check(images):
+        if len(images) > most:
+            raise DeviceOutOfMemory("CUDA failure 2: out of memory")
+
+    return check
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("provider", ["fake", "cpu"])
+def test_a_warm_up_ends_where_the_memory_does(provider, caplog):
+    runtime = FakeRuntime(seconds=0.003)
+    runtime.provider, runtime.before_run = provider, fits(4)
+    with caplog.at_level("WARNING"):
+        table = warm_up(runtime, 16)
+    assert {bucket for bucket, _ in table} == set(runtime.manifest.input.buckets)
+    assert max(size for _, size in table) == 4
+    assert "8 pictures of 96x160 do not fit" in caplog.text
+    costs = BatchCosts({size: seconds for (bucket, size), seconds in table.items() if bucket == (96, 160)}, 16)
+    assert costs.favoured(16) <= 4
+
+
+@pytest.mark.parametrize("provider", ["fake", "cpu"])
+def test_a_device_without_room_for_one_picture_is_a_sentence(provider):
+    runtime = FakeRuntime()
+    runtime.provider, runtime.before_run = provider, fits(0)
+    with pytest.raises(RuntimeLoadError, match=r"model blobs: one picture does not fit .*raise DETECTOR_GPU_MEMORY_LIMIT_BYTES"):
+        warm_up(runtime, 16)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_version_on_two_devices_takes_the_batches_that_fit_into_both(tmp_path):
+    write_model(tmp_path)
+
+    def open_runtime(path, device, largest_batch):
+        runtime = FakeRuntime(seconds=0.004 if device else 0.002)
+        runtime.before_run = fits(16 if device else 2)
+        return runtime
+
+    costs = Loader(tmp_path, open_runtime, devices=[0, 1], max_batch_size=4).load("blobs", "1").costs
+    assert max(size for _, size in costs) == 2
+    assert min(costs.values()) >= 0.004
 
 
 def test_a_cpu_runs_the_smallest_and_the_largest_bucket_and_reckons_the_rest():
