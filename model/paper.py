@@ -56,7 +56,7 @@ QUICK: dict[str, Any] = {
     "crops": 8,
     "fit_pictures": 2,
 }
-"""Defaults of --quick: a small network and few pictures, a minute or two a table on one core."""
+"""Defaults of --quick: a small network and few pictures; most tables take minutes on one core."""
 
 FIRST_LOOK = "a first look: few pictures and steps; only VOC07 with the full number of steps can be held against the published column"
 
