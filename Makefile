@@ -1,6 +1,8 @@
 # Every verb is one line of the README; `make help` lists them.
 PYTHON ?= python3
 PORT ?= 8000
+# This machine alone, as in docker-compose.yml: PUBLISH=0.0.0.0 lets others in.
+PUBLISH ?= $(or $(DETECTOR_HOST),127.0.0.1)
 # The GPU build of the runtime comes only where an NVIDIA driver answers.
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 SERVE := .venv-serve/bin/python
@@ -13,11 +15,11 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
 
-serve: .venv-serve/.$(DEVICE)  ## serve the bundled demo model on port 8000 (PORT=...)
-	DETECTOR_PORT=$(PORT) $(SERVE) -m service
+serve: .venv-serve/.$(DEVICE)  ## serve the bundled demo model on port 8000 (PORT=..., PUBLISH=0.0.0.0)
+	DETECTOR_HOST=$(PUBLISH) DETECTOR_PORT=$(PORT) $(SERVE) -m service
 
 coco: model_repository/coco/1/model.onnx .venv-serve/.$(DEVICE)  ## torchvision's fastest detector of the 80 COCO classes: fetch, export, serve
-	DETECTOR_MODEL=coco DETECTOR_PORT=$(PORT) $(SERVE) -m service
+	DETECTOR_MODEL=coco DETECTOR_HOST=$(PUBLISH) DETECTOR_PORT=$(PORT) $(SERVE) -m service
 
 # Without a network: make coco ARGS="--weights FILE". A version 2 of a better network (--name coco) is served in its place.
 model_repository/coco/1/model.onnx: | .venv/.ready
@@ -38,7 +40,7 @@ test-ray: .venv-ray/.ready  ## two replicas under Ray Serve, one of them killed 
 test-full-size: .venv/.ready  ## export every network at its own size, one after the other (hours; one: ARGS="-k resnet50_c4")
 	FULL_SIZE=1 OMP_NUM_THREADS=1 $(DEV) -m pytest -m slow tests/test_export_full_size.py $(ARGS)
 
-train: .venv/.ready  ## train on your data: make train ARGS="--data FOLDER --out runs/mine"
+train: .venv/.ready  ## train on your data: make train ARGS="--preset mobilenet_v2_fpn --data FOLDER --out runs/mine"
 	$(DEV) -m model.train $(ARGS)
 
 export: .venv/.ready  ## checkpoint to a served version: make export ARGS="runs/mine/best.pt --name mine"

@@ -18,7 +18,7 @@ from test_service_server import ROOT, environment, free_port, service
 from service.app import create_app
 from service.device_errors import DeviceLost, DeviceOutOfMemory
 from service.manifest import InputSpec
-from service.server import make_protocol
+from service.protocol import make_protocol
 from service.settings import Settings
 
 PNG = {"content-type": "image/png"}

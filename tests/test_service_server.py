@@ -19,8 +19,12 @@ from typing import Any
 
 import httpx
 import pytest
-from service_fakes import WAIT_S, picture
+from service_fakes import WAIT_S, FakeRuntime, make_settings, picture
 from service_onnx import write_model
+
+from service.app import create_app
+from service.auth import make_key
+from service.server import make_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = {"content-type": "image/png"}
@@ -359,6 +363,19 @@ def test_a_free_port_is_taken_and_told(tmp_path):
         process.until_ready()
     finally:
         assert process.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "keyed", "open_to_all"), [("0.0.0.0", False, True), ("::", False, True), ("0.0.0.0", True, False), ("127.0.0.1", False, False)]
+)
+def test_an_api_that_is_open_to_all_says_so(host, keyed, open_to_all, tmp_path, caplog):
+    (tmp_path / "keys").write_text(make_key("alice")[1])
+    settings = make_settings(host=host, port=0, api_keys_file=tmp_path / "keys" if keyed else None)
+    server = make_server(create_app(settings, runtime=FakeRuntime()), settings)
+    server.listener.close()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == int(open_to_all)
+    assert all("whoever reaches port" in line and "DETECTOR_HOST=127.0.0.1" in line for line in told)
 
 
 def start_and_read(arguments: list[str], **settings: Any) -> tuple[int, str]:
