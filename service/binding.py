@@ -71,23 +71,37 @@ class HostBuffer:
         self._bytes = np.empty(0, np.uint8)
 
 
-def pinned_buffer(load: Callable[[str], Any] = ctypes.CDLL) -> HostBuffer:
+def pinned_buffer(device_id: int = 0, load: Callable[[str], Any] = ctypes.CDLL) -> HostBuffer:
     """A host buffer that CUDA copies from directly; a plain one where CUDA's runtime library cannot be found."""
     for name in CUDART_NAMES:
         try:
             library = load(name)
         except OSError:
             continue
-        return _page_locking(library)
+        return _page_locking(library, device_id)
     logger.info("CUDA's runtime library was not found by name; batches go to the device from ordinary memory")
     return HostBuffer()
 
 
-def _page_locking(cudart: Any) -> HostBuffer:
+def _page_locking(cudart: Any, device_id: int) -> HostBuffer:
+    """Each call names the device first, or CUDA would open a context on device 0 for it."""
     cudart.cudaHostRegister.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
     cudart.cudaHostUnregister.argtypes = (ctypes.c_void_p,)
     portable = 1  # cudaHostRegisterPortable: page-locked for every device of the process
-    return HostBuffer(lambda address, size: cudart.cudaHostRegister(address, size, portable) == 0, cudart.cudaHostUnregister)
+
+    def done(status: int) -> bool:
+        if status != 0:
+            cudart.cudaGetLastError()  # forgets it: the runtime's next look at this thread's last error would take it for its own
+        return status == 0
+
+    def pin(address: int, size: int) -> bool:
+        return done(cudart.cudaSetDevice(device_id)) and done(cudart.cudaHostRegister(address, size, portable))
+
+    def unpin(address: int) -> None:
+        done(cudart.cudaSetDevice(device_id))
+        done(cudart.cudaHostUnregister(address))
+
+    return HostBuffer(pin, unpin)
 
 
 @dataclass(slots=True)
@@ -168,9 +182,10 @@ class BoundSession:
         full = full_size(count, self._largest_batch)
         if full == count:
             return images, image_sizes_hw
-        rows = images.copy() if self.host.holds(images) else images  # the buffer may move when it grows
+        built_in_place = self.host.holds(images)
         filled = self.host.view((full, *images.shape[1:]))
-        filled[:count] = rows
+        if not (built_in_place and self.host.holds(images)):  # the buffer moved when it grew; the old one lives on in `images`
+            filled[:count] = images
         return filled, np.concatenate([image_sizes_hw, np.zeros((full - count, 2), np.int64)])
 
     def _bound(self, shape: tuple[int, ...]) -> _Bound:

@@ -157,7 +157,7 @@ class OnnxRuntime:
                 "export it with `--nms dense`, or unset DETECTOR_CUDA_GRAPHS"
             )
         on_cpu = self.provider == "cpu"
-        self._host = HostBuffer() if on_cpu else pinned_buffer()
+        self._host = HostBuffer() if on_cpu else pinned_buffer(device_id)
         self._bound = (
             None
             if on_cpu

@@ -118,30 +118,55 @@ def test_the_host_buffer_is_one_piece_of_memory_that_only_grows():
     assert host.view((4, 96, 160, 3)).shape == (4, 96, 160, 3)
 
 
-def test_page_locked_memory_is_locked_once_and_let_go_when_it_grows():
-    calls = []
+class CudaRuntime:
+    """Stands in for CUDA's runtime library: notes every call, and answers with the status that it was given."""
 
     class Function:
-        def __init__(self, name, result):
-            self.name, self.result = name, result
+        def __init__(self, name, status, calls):
+            self.name, self.status, self.calls = name, status, calls
 
         def __call__(self, *arguments):
-            calls.append((self.name, *arguments))
-            return self.result
+            self.calls.append((self.name, *arguments))
+            return self.status
 
-    def load(name):
+    def __init__(self, **statuses):
+        self.calls = []
+        for name in ("cudaSetDevice", "cudaHostRegister", "cudaHostUnregister", "cudaGetLastError"):
+            setattr(self, name, self.Function(name, statuses.get(name, 0), self.calls))
+
+    def load(self, name):
         if name != "libcudart.so.12":
             raise OSError("not here")
-        return SimpleNamespace(cudaHostRegister=Function("lock", 0), cudaHostUnregister=Function("free", 0))
+        return self
 
-    host = pinned_buffer(load)
+
+def test_page_locked_memory_is_locked_once_and_let_go_when_it_grows():
+    cuda = CudaRuntime()
+    host = pinned_buffer(1, cuda.load)
     small = host.view((1, 10, 10, 3)).ctypes.data
     host.view((1, 10, 10, 3))
     host.view((1, 5, 5, 3))
-    assert calls == [("lock", small, 300, 1)]
+    device = ("cudaSetDevice", 1)  # before every call: another one would open a context on device 0
+    assert cuda.calls == [device, ("cudaHostRegister", small, 300, 1)]
     large = host.view((2, 10, 10, 3)).ctypes.data
     host.close()
-    assert calls[1:] == [("free", small), ("lock", large, 600, 1), ("free", large)]
+    unlock_small, lock_large, unlock_large = (
+        ("cudaHostUnregister", small),
+        ("cudaHostRegister", large, 600, 1),
+        ("cudaHostUnregister", large),
+    )
+    assert cuda.calls[2:] == [device, unlock_small, device, lock_large, device, unlock_large]
+
+
+@pytest.mark.parametrize("failing", ["cudaHostRegister", "cudaSetDevice"])
+def test_memory_that_cannot_be_locked_is_ordinary_and_leaves_no_error_behind(failing):
+    cuda = CudaRuntime(**{failing: 2})
+    host = pinned_buffer(0, cuda.load)
+    host.view((2, 3))[:] = 7
+    host.close()
+    names = [name for name, *_ in cuda.calls]
+    assert names[names.index(failing) + 1] == "cudaGetLastError"
+    assert "cudaHostUnregister" not in names
 
 
 def test_without_cudas_library_or_its_consent_memory_is_ordinary():
@@ -149,7 +174,7 @@ def test_without_cudas_library_or_its_consent_memory_is_ordinary():
         raise OSError(name)
 
     freed = []
-    for host in (pinned_buffer(missing), HostBuffer(lambda address, size: False, freed.append)):
+    for host in (pinned_buffer(0, missing), HostBuffer(lambda address, size: False, freed.append)):
         host.view((2, 3))[:] = 7
         host.close()
     assert freed == []
