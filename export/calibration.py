@@ -14,7 +14,6 @@ from onnx import NodeProto
 from PIL import Image, ImageOps
 
 from export.pictures import Picture
-from export.quantize import activations
 from model.data.formats import open_dataset
 from service.images import assemble, prepare_pixels
 from service.manifest import InputSpec
@@ -116,6 +115,12 @@ def calibrate(
         broken = [name for name, low, high in zip(names, lowest, highest, strict=True) if not np.isfinite(high - low)]
         raise CalibrationError(f"activations are not finite on the calibration pictures: {broken[:5]}; the network is broken")
     return Calibration({name: (float(a), float(b)) for name, a, b in zip(names, lowest, highest, strict=True)}, count)
+
+
+def activations(node: NodeProto, constants: Mapping[str, onnx.TensorProto]) -> list[str]:
+    """Inputs that carry pictures' data: not weights, bounds or sizes."""
+    given = node.input if node.op_type == "Add" else node.input[:1]
+    return [name for name in given if name and name not in constants]
 
 
 def _observing_session(model: onnx.ModelProto, names: Sequence[str]) -> ort.InferenceSession:

@@ -119,6 +119,15 @@ class CertifiedDetector(nn.Module):
             self.detector.nms = dense_nms
 
 
+def name_weights_as_alone(model: onnx.ModelProto) -> None:
+    """Give the weights, in place, the names that the detector has for them: other tools know the parts of the network by those."""
+    prefix = "detector."
+    for tensor in model.graph.initializer:
+        tensor.name = tensor.name.removeprefix(prefix)
+    for node in model.graph.node:
+        node.input[:] = [name.removeprefix(prefix) for name in node.input]
+
+
 def make_start_optional(model: onnx.ModelProto, state_width: int) -> None:
     """Give the graph's input `nms_start` its default: all ones, one row for every image."""
     default = np.ones((1, state_width), bool)

@@ -86,6 +86,7 @@ def build_graph(detector: FasterRCNN, options: GraphOptions) -> onnx.ModelProto:
             program.model_proto, no_shape_infer=True
         )  # its inference hangs on VGG-16 and finds nothing else
     if isinstance(traced, CertifiedDetector):
+        certificate.name_weights_as_alone(model)
         certificate.make_start_optional(model, traced.state_width)
     if options.opset == OLDEST:
         model = _lowered(model)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto
 
+from export.calibration import Calibration, activations
 from export.precision import PLANS, weight_part
-
-if TYPE_CHECKING:
-    from export.calibration import Calibration
 
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 FOLLOWERS = frozenset({"Relu", "Clip", "Add", "MaxPool", "Resize"})
@@ -25,7 +23,11 @@ FOLLOWERS = frozenset({"Relu", "Clip", "Add", "MaxPool", "Resize"})
 
 
 def chosen_nodes(model: onnx.ModelProto) -> list[NodeProto]:
-    """The nodes to quantise, in the graph's order."""
+    """The nodes to quantise, in the graph's order.
+
+    Raises:
+        ValueError: the graph has no layer that the plan names.
+    """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     plan = PLANS["int8"]
     quantised: set[str] = set()
@@ -39,6 +41,8 @@ def chosen_nodes(model: onnx.ModelProto) -> list[NodeProto]:
         if wanted:
             chosen.append(node)
             quantised.update(node.output)
+    if not chosen:
+        raise ValueError("no weight of the graph has a name that the int8 plan knows; int8 takes graphs that `build_graph` made")
     return chosen
 
 
@@ -46,12 +50,6 @@ def _is_weighted(node: NodeProto, constants: Mapping[str, onnx.TensorProto], pla
     weight = constants.get(node.input[1])
     part = None if weight is None else weight_part(weight.name)
     return part is not None and plan[part] == "int8"
-
-
-def activations(node: NodeProto, constants: Mapping[str, onnx.TensorProto]) -> list[str]:
-    """Inputs that carry pictures' data: not weights, bounds or sizes."""
-    given = node.input if node.op_type == "Add" else node.input[:1]
-    return [name for name in given if name and name not in constants]
 
 
 def quantise(model: onnx.ModelProto, nodes: Sequence[NodeProto], calibration: Calibration) -> onnx.ModelProto:

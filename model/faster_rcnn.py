@@ -5,7 +5,8 @@ B images, H and W the padded input's size (multiples of 32), G ground-truth boxe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from model.anchors import AnchorGenerator
 from model.backbones import Backbone
 from model.config import DetectorConfig
 from model.nms import NMS, greedy_nms
+from model.precision import at_least_fp32
 from model.roi_heads import Detections, build_head, detect, roi_loss, sample_rois
 from model.roi_pool import RoIPooling, default_pooling
 from model.rpn import RPN, Proposals, propose, rpn_loss
@@ -67,7 +69,7 @@ class FasterRCNN(nn.Module):
         self.trim: Callable[[Proposals], Proposals] | None = None  # may drop slots at the end that no image filled
 
     def forward(self, images: Tensor, image_sizes_hw: Tensor, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
-        """Detections, or with targets the four losses by name.
+        """Detections, or with targets the four losses by name; the scores of an image that upset the network are NaN.
 
         Args:
             images: uint8 `[B, H, W, 3]` RGB, padded right and bottom with anything.
@@ -77,11 +79,13 @@ class FasterRCNN(nn.Module):
         levels = self.backbone(self.normalize(images, image_sizes_hw))
         anchors = self.anchors(levels, (images.shape[1], images.shape[2]))
         with torch.no_grad():  # no gradient flows through the proposals' coordinates (approximate joint training)
-            proposals = propose(self.rpn(levels), anchors, image_sizes_hw, self.config.rpn, self.nms, training=targets is not None)
+            raw = self.rpn(levels)
+            proposals = propose(raw, anchors, image_sizes_hw, self.config.rpn, self.nms, training=targets is not None)
         if targets is None:
             proposals = proposals if self.trim is None else self.trim(proposals)
             logits, deltas = self._classify(levels, proposals.boxes, images)
-            return detect(logits, deltas, proposals, image_sizes_hw, self.config.roi, self.nms)
+            found = detect(logits, deltas, proposals, image_sizes_hw, self.config.roi, self.nms)
+            return spoil_unless_finite(found, [*raw.logits, *raw.deltas, logits, deltas])
         rpn_cls, rpn_reg = rpn_loss(self.rpn, levels, anchors, targets.boxes, targets.labels > 0, image_sizes_hw, self.config.rpn)
         samples = sample_rois(proposals, targets.boxes, targets.labels, self.config.roi)
         roi_cls, roi_reg = roi_loss(*self._classify(levels, samples.rois, images), samples, self.config.roi)
@@ -92,6 +96,19 @@ class FasterRCNN(nn.Module):
         pooled_levels = levels[:-1] if self.backbone.has_extra_level else levels
         pooled = self.pool(pooled_levels, rois, (images.shape[1], images.shape[2]), self.config.roi)
         return self.head(pooled)  # type: ignore[no-any-return]  # torch types calls as Any
+
+
+def spoil_unless_finite(found: Detections, raw: Sequence[Tensor]) -> Detections:
+    """All scores of an image become NaN if the network gave one number that is NaN or infinite for it.
+
+    Such numbers pass no threshold, so without this the image would seem to hold nothing.
+
+    Args:
+        raw: what the layers gave, each with as many numbers for every image of the batch, image after image.
+    """
+    batch = found.scores.shape[0]
+    total = torch.stack([at_least_fp32(part).reshape(batch, -1).sum(dim=1) for part in raw]).sum(dim=0)  # [B], finite if all of them are
+    return found._replace(scores=torch.where((total.abs() < math.inf)[:, None], found.scores, math.nan))
 
 
 def build_detector(config: DetectorConfig, backbone_weights: Path | None = None) -> FasterRCNN:

@@ -45,6 +45,8 @@ def predict(
     for batch, images, sizes_hw in _batches(dataset, wanted, frame, batch_size):
         detections = detector(images.to(device, non_blocking=True), sizes_hw.to(device, non_blocking=True))
         rows = _to_numpy(detections)
+        if not np.isfinite(rows[1]).all():
+            raise ValueError(f"the network gives NaN or infinite numbers for pictures such as {dataset.records[batch[0]].path}")
         for i, index in enumerate(batch):
             found[index] = _original_frame(rows, i, dataset.records[index], tuple(sizes_hw[i].tolist()))
         if progress is not None:

@@ -47,6 +47,26 @@ def test_answers_keep_the_contract(detector: FasterRCNN) -> None:
         assert (y1 < y2).all()
 
 
+@pytest.mark.parametrize("layer", ["rpn.cls_logits", "rpn.bbox_pred", "head.cls_score", "head.bbox_pred"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_an_image_that_upsets_the_network_gets_nan_instead_of_nothing(detector: FasterRCNN, layer: str, number: float) -> None:
+    images, sizes = random_batch(SIZES, PADDED)
+    expected = run(detector, images, sizes)
+
+    def upset_second(_layer: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        of_images = output.reshape(3, -1).clone()
+        of_images[1, 7] = number
+        return of_images.reshape(output.shape)
+
+    hook = detector.get_submodule(layer).register_forward_hook(upset_second)
+    answer = run(detector, images, sizes)
+    hook.remove()
+    assert answer.scores[1].isnan().all()
+    for index in (0, 2):
+        assert torch.equal(answer.scores[index], expected.scores[index])
+        assert torch.equal(answer.boxes[index], expected.boxes[index])
+
+
 def test_batch_equals_singles(detector: FasterRCNN) -> None:
     images, sizes = random_batch(SIZES, PADDED)
     together = run(detector, images, sizes)
