@@ -6,6 +6,9 @@ Thread-safe: nothing global changes after import.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ from PIL import (
     PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    _imaging,
 )
 
 from service.avif import check_streams
@@ -57,6 +61,8 @@ LEAST_REDUCTION = 2
 MAX_PROGRESSIVE_PIXELS = 8_000_000
 """Of a JPEG that may be tried twice, by libjpeg alone and then by Pillow: each of its scans is a pass over the whole picture."""
 
+_OTHER_DEPTH = re.compile(r"cannot handle (\d+)-bit layers")
+"""Pillow's words for a JPEG whose samples have more than 8 bits."""
 _ORIENTED_BY = {"exif", "xmp"}
 """Parts of a JPEG's header that may turn it."""
 _TURNS: dict[int, Image.Transpose] = {
@@ -74,6 +80,9 @@ _TURNS: dict[int, Image.Transpose] = {
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 # A picture's oddities are its sender's and no news to the operator; catch_warnings cannot be used, as it is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# libtiff would write what it thinks of a file into the log, raw and as often as a client likes; the decoder's return code says enough.
+with contextlib.suppress(OSError, AttributeError):  # a Pillow that hides its libtiff keeps the chatter
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 HW = tuple[int, int]
 
@@ -158,7 +167,17 @@ def _blaming_the_picture(name: str, limits: ImageLimits) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(f"a picture may have {limits.max_pixels} pixels, this {name} claims more; send it smaller") from error
     except Exception as error:
-        raise BadImage(f"the {name} is truncated, corrupt or of a kind that is not decoded: {error}") from error
+        raise BadImage(_fault(name, error)) from error
+
+
+def _fault(name: str, error: Exception) -> str:
+    """What a decoder's error means to who sent the picture. Words about Python's own objects mean nothing to them."""
+    bits = _OTHER_DEPTH.fullmatch(str(error)) if name == "JPEG" else None
+    if bits is not None:
+        return f"a JPEG may have 8 bits a sample, this one has {bits[1]}; save it as an ordinary JPEG or as PNG"
+    origin = error.__cause__ or error
+    reason = f" ({error})" if isinstance(origin, OSError | SyntaxError | ValueError) else ""
+    return f"the {name} is truncated, corrupt or of a kind that is not decoded{reason}; send the whole file, or save it again"
 
 
 def _check_size(stored_hw: HW, limits: ImageLimits) -> None:

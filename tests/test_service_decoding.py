@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, JpegImagePlugin
+from PIL import Image, ImageFilter, JpegImagePlugin, TiffImagePlugin
 from service_pictures import ACCEPTED, JPEG, LIMITS, REFUSED, Check, corners, encoded, exif, pixels, scene, see_through, swapped_profile
 
 from service import decoding
@@ -55,6 +57,39 @@ def test_what_a_refused_thing_is_called() -> None:
     for row, word in {"SVG": "SVG", "EPS": "PostScript", "HEIC": "HEIC", "Photoshop": "Photoshop", "text": "text", "icon": "icon"}.items():
         with pytest.raises(UnsupportedType, match=f"got .*{word}"):
             decode_rgb(named[row], LIMITS)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM"])
+def test_a_cut_picture_is_refused_in_words_about_the_picture(kind: str) -> None:
+    whole = io.BytesIO()
+    Image.new("RGB", (90, 60), "red").save(whole, kind)
+    details = {came.detail for end in range(8, 200) if isinstance(came := outcome(whole.getvalue()[:end]), DetectorError)}
+    assert details
+    for detail in details:
+        assert not re.search("unpack|buffer of|out of range|object|NoneType", detail.replace("decoder object", "")), detail
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_jpeg_of_more_than_8_bits_is_told_so(bits: int) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (90, 60)).save(stream, "JPEG")
+    data = bytearray(stream.getvalue())
+    data[data.index(b"\xff\xc0") + 4] = bits  # precision in the frame header
+    with pytest.raises(BadImage, match=f"8 bits a sample, this one has {bits}; save it as"):
+        decode_rgb(bytes(data), LIMITS)
+
+
+def test_a_broken_fax_writes_nothing_into_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    stream, page = io.BytesIO(), Image.new("1", (320, 200), 1)
+    page.paste(0, (40, 30, 250, 170))
+    page.rotate(20, fillcolor=1).save(stream, "TIFF", compression="group4")
+    data = bytearray(stream.getvalue())
+    with Image.open(io.BytesIO(data)) as whole:
+        assert isinstance(whole, TiffImagePlugin.TiffImageFile)
+        start, length = whole.tag_v2[TiffImagePlugin.STRIPOFFSETS][0], whole.tag_v2[TiffImagePlugin.STRIPBYTECOUNTS][0]
+    data[start + length // 2 : start + length // 2 + 8] = b"\x01" * 8
+    outcome(bytes(data))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
