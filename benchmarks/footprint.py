@@ -7,9 +7,7 @@ for machines that do other work too. The service is the real one with the model 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.figures import cpus, keep, make_parser
 from benchmarks.live import ROOT, Service
 from benchmarks.load_pictures import draw_pictures
 from benchmarks.load_run import Load, run_load
@@ -83,7 +82,7 @@ def measure(repository: Path, *, times: int, seconds: float) -> dict[str, Any]:
     scraped_ms = sorted(idle_ms)
     return {
         "models": sorted(path.parent.parent.name for path in repository.glob("*/*/model.onnx")),
-        "cpus": os.cpu_count(),
+        "cpus": cpus(),
         "load_average_at_the_end": os.getloadavg()[0],
         "cold_start_s": [round(start["ready_s"], 3) for start in starts],
         "cold_start_median_s": median(start["ready_s"] for start in starts),
@@ -96,16 +95,12 @@ def measure(repository: Path, *, times: int, seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("footprint", __doc__)
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="models to serve (default: the bundled demo)")
     parser.add_argument("--starts", type=int, default=5, help="cold starts (default 5)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of load before the last look at the memory (default 10)")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
-    text = json.dumps(measure(options.repository, times=options.starts, seconds=options.seconds), indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    keep(measure(options.repository, times=options.starts, seconds=options.seconds), options.json)
     return 0
 
 

@@ -210,7 +210,9 @@ def break_model(stage: Stage) -> str:
 
 def main() -> int:
     """Play it and write what was seen."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.incident", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for incident.json, incident.png and incident_dashboard.png")
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="model to serve (default: the bundled demo)")
     parser.add_argument("--calm", type=float, default=3.0, help="requests a second in calm times (default 3)")

@@ -8,9 +8,7 @@ The service is the real one on the simulated device of benchmarks.serving.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import math
 import os
 import sys
@@ -19,12 +17,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import httpx
 
+from benchmarks.figures import cpus, keep, make_parser
 from benchmarks.live import beside
 from benchmarks.load_pictures import Picture, draw_pictures
 from benchmarks.load_run import Load, run_load
@@ -124,22 +122,18 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
     return {
         **evaluate(pairs, seconds),
         "metrics_bytes": text_bytes,
-        "cpus": os.cpu_count(),
+        "cpus": cpus(),
         "load_average_at_the_end": os.getloadavg()[0],
     }
 
 
 def main() -> int:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("metrics_cost", __doc__)
     parser.add_argument("--rounds", type=int, default=30, help="pairs of blocks, at least 5 (default 30)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a block (default 4)")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
-    text = json.dumps(measure(options.rounds, options.seconds), indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    keep(measure(options.rounds, options.seconds), options.json)
     return 0
 
 

@@ -8,7 +8,6 @@ A simulated device takes time and no CPU, as a GPU does; everything else is real
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.figures import cpus, keep, make_parser
 from benchmarks.live import ROOT, free_port
 from benchmarks.load_pictures import Picture, draw_pictures
 from benchmarks.load_run import Load, run_load
@@ -191,7 +191,7 @@ def experiment(seconds: float) -> dict[str, Any]:
         loss = asyncio.run(kill_under_load(url, handle, pictures[0], seconds))
     return {
         "ray": ray.__version__,
-        "cpus": os.cpu_count(),
+        "cpus": cpus(),
         "load_average_at_the_end": os.getloadavg()[0],
         "overhead": overhead,
         "answered_per_s": {str(replicas): rate for replicas, rate in throughput.items()},
@@ -241,9 +241,8 @@ def compare(urls: dict[str, str], pictures: list[Picture], seconds: float) -> di
 
 def main() -> int:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("ray_serve", __doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each run (default 20)")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--default-proxy", action="store_true", help="only the overhead, without the switches of deploy/ray/serve.env")
     options = parser.parse_args()
     os.environ |= WORKERS
@@ -254,10 +253,7 @@ def main() -> int:
         default = overhead_of_the_default_proxy(options.seconds)
         os.environ |= switches()
         found = {**experiment(options.seconds), "overhead_of_the_default_proxy": default}
-    text = json.dumps(found, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    keep(found, options.json)
     return 0
 
 

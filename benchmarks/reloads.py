@@ -7,14 +7,13 @@ after each reload, when the version before it has been retired, and must not gro
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.figures import cpus, keep, make_parser
 from benchmarks.footprint import resident_bytes
 from benchmarks.incident import copy_models
 from benchmarks.live import ROOT, Service
@@ -103,21 +103,26 @@ async def reload_under_load(service: Service, name: str, key: str, *, reloads: i
     return tally
 
 
-def measure(repository: Path, *, reloads: int, clients: int) -> dict[str, Any]:
-    """The whole experiment, as plain data."""
+@contextmanager
+def two_versions(repository: Path, **settings: object) -> Iterator[tuple[Service, str, str]]:
+    """The service with the repository's model as versions 1 and 2 of one name. Yields it, ready, the name, and an operator's key."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         models = copy_models(repository, folder / "models")
         name = next(models.iterdir()).name
         key, line = make_key("operator")
         (folder / "keys").write_text(line + "\n")
-        settings = {**SETTINGS, "model_repository": models, "model": name, "admin_keys_file": folder / "keys"}
-        with Service(folder / "log", **settings) as service:
-            service.until_ready()
-            started = time.monotonic()
-            tally = asyncio.run(reload_under_load(service, name, key, reloads=reloads, clients=clients))
-            seconds = time.monotonic() - started
-    return summary(tally) | {"model": name, "clients": clients, "seconds": round(seconds, 1), "cpus": os.cpu_count()}
+        with Service(folder / "log", model_repository=models, model=name, admin_keys_file=folder / "keys", **settings) as service:
+            yield service.until_ready(), name, key
+
+
+def measure(repository: Path, *, reloads: int, clients: int) -> dict[str, Any]:
+    """The whole experiment, as plain data."""
+    with two_versions(repository, **SETTINGS) as (service, name, key):
+        started = time.monotonic()
+        tally = asyncio.run(reload_under_load(service, name, key, reloads=reloads, clients=clients))
+        seconds = time.monotonic() - started
+    return summary(tally) | {"model": name, "clients": clients, "seconds": round(seconds, 1), "cpus": cpus()}
 
 
 def summary(tally: Tally) -> dict[str, Any]:
@@ -154,17 +159,13 @@ def memory(resident_mb: list[float]) -> dict[str, Any]:
 
 def main() -> int:
     """Measure and write. Returns 1 if a request or a reload failed, or memory grew to the end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("reloads", __doc__)
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="model to serve (default: the bundled demo)")
     parser.add_argument("--reloads", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--clients", type=int, default=4, help="that ask without a pause (default 4)")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     found = measure(options.repository, reloads=options.reloads, clients=options.clients)
-    text = json.dumps(found, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    keep(found, options.json)
     well = found["failed_requests"] == 0 and set(found["reloads"]) == {200} and found["resident_mb"]["levels_off"]
     return 0 if well else 1
 

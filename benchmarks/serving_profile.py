@@ -42,9 +42,11 @@ PARTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write benchmarks/results/serving_profile.md."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving_profile", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving_profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each of the two runs (default 8)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of serving_profile.md (default benchmarks/results)")
     options = parser.parse_args(arguments)
     text = run_on_fast_loop(_measure(options.seconds))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@
     python -m benchmarks.sizing --fps 100000 --p99 60 --decode-ms 5.5 --kilobytes 150 --plot sizing.png
 
 The costs are milliseconds by batch size, as the service's warm-up measures them; without --costs those of the simulated device of the
-serving benchmark. **Simulated**: arrivals (Poisson), GPUs that take exactly the table's time, the service's own choice of batch size,
-and a balancer without delay. **Not simulated**: network, decoding (counted as CPU cores below), failures, uneven pictures, warm-up.
+serving benchmark. Simulated: arrivals (Poisson), GPUs that take exactly the table's time, the service's own choice of batch size,
+and a balancer without delay. Not simulated: network, decoding (counted as CPU cores below), failures, uneven pictures, warm-up.
 So the result is a lower bound; --spare adds replicas for failures and updates.
 """
 

@@ -8,7 +8,6 @@ requests: it is endurance that is looked at, not throughput. Ctrl-C ends early, 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gzip
 import io
@@ -17,7 +16,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,12 +27,11 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from benchmarks.figures import cpus, make_parser
 from benchmarks.footprint import resident_bytes
-from benchmarks.incident import copy_models
 from benchmarks.live import ROOT, Service
-from benchmarks.reloads import VERSIONS, retired
+from benchmarks.reloads import VERSIONS, retired, two_versions
 from benchmarks.soak_report import draw_report, summary
-from service.auth import make_key
 
 SETTINGS = {"drain_seconds": 0}
 TIMEOUT_S = 60.0
@@ -202,31 +199,23 @@ async def soak(run: Run, write: Callable[[str], None]) -> None:
 
 def measure(repository: Path, minutes: float, write: Callable[[str], None] = print) -> dict[str, Any]:
     """The whole experiment, as plain data."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        models = copy_models(repository, folder / "models")
-        name = next(models.iterdir()).name
-        key, line = make_key("operator")
-        (folder / "keys").write_text(line + "\n")
-        settings = {**SETTINGS, "model_repository": models, "model": name, "admin_keys_file": folder / "keys"}
-        chance = random.Random(0)
-        pictures = [encode_picture(chance) for _ in range(PICTURES)]
-        with Service(folder / "log", **settings) as service:
-            run = Run(service.until_ready(), name, key, minutes * 60, pictures)
-            asyncio.run(soak(run, write))
-            seconds, exit_code = run.moment, service.stop()
+    chance = random.Random(0)
+    pictures = [encode_picture(chance) for _ in range(PICTURES)]
+    with two_versions(repository, **SETTINGS) as (service, name, key):
+        run = Run(service, name, key, minutes * 60, pictures)
+        asyncio.run(soak(run, write))
+        seconds, exit_code = run.moment, service.stop()
     tally = run.tally
-    setup = {"model": name, "minutes": round(seconds / 60, 2), "cpus": os.cpu_count(), "exit_code": exit_code}
+    setup = {"model": name, "minutes": round(seconds / 60, 2), "cpus": cpus(), "exit_code": exit_code}
     return setup | summary(tally.answers, tally.vanished, tally.latency_s, tally.resident_mb)
 
 
 def main() -> int:
     """Measure and write. Returns 1 if anything failed, grew or slowed down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("soak", __doc__)
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="model to serve (default: the bundled demo)")
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     parser.add_argument("--minutes", type=float, default=minutes, help="how long (default SOAK_MINUTES, else 30)")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--plot", type=Path, help="where to draw memory and latency over the run")
     options = parser.parse_args()
     found = measure(options.repository, options.minutes, lambda line: print(line, flush=True))

@@ -6,8 +6,6 @@ that is named after GPU, driver, versions and the file's own digest.
 
 TensorRT gets the graph in parts, since some operators stay on CUDA, and every part wants the ranges of its own inputs. Which tensors those
 are only TensorRT's provider knows: it names them when it refuses a session. Their shapes are measured on the CPU at one and two images.
-
-B images of a batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Selective Search proposals, computed once a picture and kept on disk: `python -m model.proposals DATA --out CACHE`.
 
 A cached file is named after the picture's bytes and the parameters, so that a changed picture or parameter is never served stale.
-P proposals of a picture.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class SearchConfig:
 
 
 class Searched(NamedTuple):
-    """Boxes float32 [P, 4] in the original frame, best first, and how long the search took (when it was done, not read)."""
+    """Boxes float32 [P, 4] of P proposals in the original frame, best first, and how long the search took (when it was done, not read)."""
 
     boxes: Boxes
     seconds: float
