@@ -39,12 +39,12 @@ class BatchQueue:
 
     # Lanes
 
-    def add_lane(self, key: LaneKey, group: Hashable, costs: BatchCosts, run: Any, assemble: Any = None) -> None:
+    def add_lane(self, key: LaneKey, group: Hashable, costs: BatchCosts, run: Any, assemble: Any = None, known_good: Any = None) -> None:
         """Open a lane. Raises ValueError for a key that is in use."""
         if key in self._lanes:
             raise ValueError(f"lane {key!r} exists; remove it first or give the new version its own key")
         owner = self._groups.setdefault(group, Group(group))
-        lane = Lane(key, owner, costs, run, assemble)
+        lane = Lane(key, owner, costs, run, assemble, known_good)
         owner.lanes.append(lane)
         self._lanes[key] = lane
 

@@ -21,6 +21,8 @@ It may raise DeviceOutOfMemory or DeviceLost; any other exception is taken for a
 """
 Assemble = Callable[[int, Sequence[Any]], Any]
 """(device index, items of one lane) -> what the lane's run callable takes in their place, on the same thread. It may raise as Run may."""
+FAILURES_BEFORE_DOUBT = 5
+"""So many images that failed alone on one device, with no good run between, and it is asked whether the device is to blame."""
 Outcome = tuple[Entry, Any]
 """An entry with its Answer or the error to raise."""
 
@@ -73,6 +75,8 @@ class BatchRunner:
         self._clock = clock
         self._post = post
         self._held: dict[int, list[Outcome]] = {}
+        self._failures: dict[int, int] = {}
+        """Device -> images that failed alone since its last good run."""
 
     def answer(self, device: int) -> None:
         """Post what the device's last batch gave. Called by the device's thread when it has new work or none."""
@@ -119,6 +123,7 @@ class BatchRunner:
         except Exception as error:
             return self._failed(batch, entries, error)
         ended = self._clock()
+        self._failures[batch.device] = 0
         with self._lock:
             lane.costs.observe(size, ended - begun)
         self._tell(self._observer.batch_ran, lane.key, size, ended - begun)
@@ -145,7 +150,25 @@ class BatchRunner:
         if size > 1:
             return None
         log.warning("an image of lane %r failed alone", lane.key, exc_info=error)
+        self._doubt(batch, error)
         return [(entries[0], _blame(error))]
+
+    def _doubt(self, batch: Batch, error: Exception) -> None:
+        """After many failures in a row run an item that is known to work: if that fails too, it is the device, whatever its words were.
+
+        Raises:
+            DeviceLost: nothing runs here any more.
+        """
+        lane, device = batch.lane, batch.device
+        self._failures[device] = failures = self._failures.get(device, 0) + 1
+        if failures < FAILURES_BEFORE_DOUBT or lane.known_good is None:
+            return
+        items = [lane.known_good]
+        try:
+            lane.run(device, items if lane.assemble is None else lane.assemble(device, items))
+        except Exception as canary_error:
+            raise DeviceLost(f"{failures} images in a row failed, and then one that is known to work: {canary_error}") from error
+        self._failures[device] = 0
 
     def _tell(self, event: Callable[..., None], *args: Any) -> None:
         """Metrics must not be able to stop a device."""

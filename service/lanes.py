@@ -64,6 +64,8 @@ class Lane:
     costs: BatchCosts
     run: Any
     assemble: Any = None
+    known_good: Any = None
+    """An item that works as long as the device does."""
     waiting: tuple[OrderedDict[Entry, None], OrderedDict[Entry, None]] = field(default_factory=lambda: (OrderedDict(), OrderedDict()))
     running: int = 0
     closed: bool = False

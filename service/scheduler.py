@@ -115,6 +115,7 @@ class Scheduler:
         max_batch_size: int,
         group: Hashable | None = None,
         assemble: Assemble | None = None,
+        known_good: Any = None,
     ) -> None:
         """Open a lane, also while others are served.
 
@@ -127,12 +128,13 @@ class Scheduler:
                 shadow share its model's group with Priority.LOW. Default: the key itself.
             assemble: makes of the items what `run` takes, before the answers of the batch before are handed out: a step of its own keeps
                 the device's idle time short. Default: the items themselves.
+            known_good: an item that a well device can run. When many images fail in a row it tells a lost device from bad images.
 
         Raises:
             ValueError: the key is in use, or the costs are not usable.
         """
         with self._lock:
-            self._queue.add_lane(key, key if group is None else group, BatchCosts(costs, max_batch_size), run, assemble)
+            self._queue.add_lane(key, key if group is None else group, BatchCosts(costs, max_batch_size), run, assemble, known_good)
 
     async def remove_lanes(self, keys: Iterable[LaneKey]) -> None:
         """Close lanes, wait until what was accepted into them is answered, and forget them. Their runtime may be closed then."""

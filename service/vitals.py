@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
-import numpy as np
-
+from service.device_errors import DeviceOutOfMemory
 from service.health import EXIT_HUNG, Health
-from service.images import Prepared
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.repository import Repository
+from service.repository import Repository, grey_picture
 from service.scheduler import LaneKey, Observer, Phase, Scheduler
 
 LAG_PERIOD_S = 0.1
 WATCHDOG_PERIODS = 10
 """Looks at the devices within one watchdog limit."""
+
+logger = logging.getLogger(__name__)
 
 
 class ServiceObserver(Observer):
@@ -32,10 +33,10 @@ class ServiceObserver(Observer):
         self._health.saw_inference()
 
     def batch_failed(self, lane: LaneKey, size: int, error: Exception) -> None:
-        self._metrics.device_errors["other"].inc()
+        self._metrics.device_errors["out_of_memory" if isinstance(error, DeviceOutOfMemory) else "other"].inc()
 
     def out_of_memory(self, lane: LaneKey, size: int, limit: int) -> None:
-        self._metrics.device_errors["out_of_memory"].inc()
+        logger.warning("%d pictures did not fit into the device's memory; batches of lane %r hold at most %d for now", size, lane, limit)
 
     def cancelled(self, phase: Phase) -> None:
         if phase in self._metrics.cancelled:
@@ -72,8 +73,7 @@ def make_canary(repository: Repository, pipeline: Pipeline) -> Callable[[], Awai
         if not repository.served:
             return  # nothing to try; readiness says so by itself
         served = repository.served[0]
-        height, width = served.manifest.input.buckets[0]
-        prepared = Prepared(np.full((height, width, 3), 114, np.uint8), (height, width), (height, width))
+        prepared = grey_picture(served.manifest.input.buckets[0])
         with served.lease():
             await pipeline.probe(prepared, served)
 

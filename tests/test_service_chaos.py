@@ -16,7 +16,9 @@ from service_onnx import write_model
 from test_service_server import ROOT, environment, free_port, service
 
 from service.app import create_app
+from service.batch_runner import FAILURES_BEFORE_DOUBT
 from service.device_errors import DeviceLost, DeviceOutOfMemory
+from service.errors import InferenceFailed
 from service.manifest import InputSpec
 from service.protocol import make_protocol
 from service.settings import Settings
@@ -58,6 +60,60 @@ def test_out_of_memory_splits_the_batch_lowers_the_limit_and_loses_nobody():
                 assert [(await task).status_code for task in tasks] == [200] * 5
                 assert sample(app, "detector_device_errors_total", kind="out_of_memory") == expected_errors
             assert max(runtime.batch_sizes) == 2
+
+    run(scenario())
+
+
+def test_each_failed_run_is_counted_once_by_what_it_failed_of():
+    def full(images):
+        raise DeviceOutOfMemory("CUDA failure 2: out of memory")
+
+    async def scenario():
+        async with fake_service(one_bucket_runtime()) as (client, app, runtime):
+
+            def counts():
+                return [int(sample(app, "detector_device_errors_total", kind=kind)) for kind in ("out_of_memory", "other")]
+
+            runtime.before_run = full
+            assert (await ask(client)).status_code == 500
+            assert counts() == [1, 0]
+            runtime.before_run = lambda images: None
+            tasks = await hold_one(client, app, runtime, 2)
+            runtime.before_run = full
+            runtime.gate.set()
+            assert [(await task).status_code for task in tasks] == [200, 500, 500]
+            assert counts() == [4, 0]  # the two together, then each alone
+
+    run(scenario())
+
+
+def test_a_device_on_which_nothing_works_any_more_is_lost_whatever_it_says():
+    def broken(images):
+        raise InferenceFailed("words that nobody knows")
+
+    async def scenario():
+        async with fake_service(one_bucket_runtime()) as (client, app, runtime):
+            runtime.before_run = broken
+            statuses = [(await ask(client)).status_code for _ in range(FAILURES_BEFORE_DOUBT)]
+            assert statuses == [500] * (FAILURES_BEFORE_DOUBT - 1) + [503]
+            await asyncio.wait_for(app.state.parts.health.ended.wait(), WAIT_S)
+            assert app.state.parts.health.exit_code == 4
+            assert "one that is known to work: words that nobody knows" in app.state.parts.health.failure
+
+    run(scenario())
+
+
+def test_many_bad_pictures_in_a_row_lose_no_device():
+    def refuse_red(images):
+        if images[0, 0, 0].tolist() == [220, 30, 30]:
+            raise InferenceFailed("a picture that breaks the graph")
+
+    async def scenario():
+        async with fake_service(one_bucket_runtime()) as (client, app, runtime):
+            runtime.before_run = refuse_red
+            assert {(await ask(client)).status_code for _ in range(3 * FAILURES_BEFORE_DOUBT)} == {500}
+            assert (await ask(client, picture(colour=(30, 30, 220)))).status_code == 200
+            assert sample(app, "detector_device_errors_total", kind="lost") == 0
 
     run(scenario())
 

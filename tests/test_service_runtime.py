@@ -161,12 +161,24 @@ def test_a_failing_session_becomes_an_inference_failure(tmp_path):
         ("CUDA failure 2: out of memory ; GPU=0", DeviceOutOfMemory),
         ("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 123", DeviceOutOfMemory),
         ("CUDA failure 700: an illegal memory access was encountered", DeviceLost),
-        ("CUDNN_STATUS_EXECUTION_FAILED", DeviceLost),
+        ("CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0", DeviceLost),
+        ("CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED ; GPU=0", DeviceLost),
+        ("GPU 0000:3b:00.0 has fallen off the bus", DeviceLost),
+        ("BFCArena::Extend: CUDA failure 719: unspecified launch failure ; expr=cudaMalloc", DeviceLost),
+        ("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", DeviceOutOfMemory),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", DeviceOutOfMemory),
+        ("CUDA failure 1: invalid argument ; GPU=0", InferenceFailed),
+        ("CUDA failure 70: something else", InferenceFailed),
         ("Got invalid dimensions for input: images", InferenceFailed),
     ],
 )
 def test_device_errors_are_told_apart_by_their_words(text, kind):
     assert type(classify_device_error(RuntimeError(text))) is kind
+
+
+@pytest.mark.parametrize("code", [46, 100, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999])
+def test_a_cuda_error_after_which_nothing_runs_is_known_by_its_number(code):
+    assert type(classify_device_error(RuntimeError(f"CUDA failure {code}: words of another release ; GPU=0"))) is DeviceLost
 
 
 def test_warm_up_times_every_bucket_and_stops_where_batches_bring_nothing():
