@@ -151,6 +151,15 @@ class Settings(BaseSettings):
             raise ValueError(f"operations_port is the same as port, {self.port}; leave it unset to share one port")
         return self
 
+    @model_validator(mode="after")
+    def _check_cuda_graphs(self) -> Self:
+        if self.cuda_graphs and self.provider != "cuda":
+            raise ValueError(
+                f"DETECTOR_CUDA_GRAPHS works with DETECTOR_PROVIDER=cuda alone, and the provider is {self.provider!r}; "
+                "set the provider, or unset DETECTOR_CUDA_GRAPHS"
+            )
+        return self
+
 
 def load_settings(**overrides: Any) -> Settings:
     """Read the environment, with overrides (from the command line) on top.

@@ -77,6 +77,13 @@ def test_one_port_cannot_be_two():
         load_settings(port=8000, operations_port=8000)
 
 
+@pytest.mark.parametrize("provider", ["auto", "cpu", "tensorrt"])
+def test_cuda_graphs_are_never_silently_ignored(provider):
+    with pytest.raises(SettingsError, match=f"DETECTOR_CUDA_GRAPHS works with DETECTOR_PROVIDER=cuda alone, .* '{provider}'"):
+        load_settings(provider=provider, cuda_graphs=True)
+    assert load_settings(provider="cuda", cuda_graphs=True).cuda_graphs
+
+
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1
