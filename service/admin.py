@@ -1,10 +1,12 @@
-"""Changing a running service: load a version, roll back, log level. These routes exist only where admin keys do."""
+"""Changing a running service: load a version, roll back, log level. These routes exist only where admin keys do; elsewhere 404 says so."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Body, Depends, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from service import errors, logs
@@ -28,6 +30,20 @@ def require_admin(request: Request) -> None:
 
 
 router = APIRouter(prefix="/v1", tags=["admin"], dependencies=[Depends(require_admin)], responses=error_responses(ADMIN_ERRORS))
+
+
+def absent_routes(routers: Sequence[APIRouter], why: str) -> APIRouter:
+    """The routers' paths where their routes are not: 404 with the reason, so that nobody looks for a misspelling."""
+
+    async def absent() -> None:
+        raise errors.NotFound(why)
+
+    router = APIRouter(include_in_schema=False)
+    for given in routers:
+        for route in given.routes:
+            if isinstance(route, APIRoute):
+                router.add_api_route(route.path, absent, methods=sorted(route.methods or ()))
+    return router
 
 
 class LoadRequest(BaseModel):

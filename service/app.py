@@ -79,9 +79,7 @@ def create_app(settings: Settings | None = None, *, runtime: Runtime | None = No
     for router in (routes.detecting, catalogue.router, status_router(operations=settings.operations_port is None), site.page_router()):
         app.include_router(router)
     app.include_router(v2.OpenInference(parts).router())
-    if parts.admin_keys is not None and settings.operations_port is None:
-        app.include_router(admin.router)
-        app.include_router(v2.admin_router)
+    _include_admin(app, parts, elsewhere=settings.operations_port)
     app.router.routes.append(site.page_files())
     _surround(app, parts)
     _complete_openapi(app, parts)
@@ -96,12 +94,22 @@ def create_operations_app(parts: Parts) -> FastAPI:
     install_handlers(app)
     app.include_router(status_router(operations=True))
     app.include_router(site.page_router(["/dashboard"]))  # it reads the /metrics beside it
-    if parts.admin_keys is not None:
-        app.include_router(admin.router)
-        app.include_router(v2.admin_router)
+    _include_admin(app, parts, elsewhere=None)
     app.router.routes.append(site.page_files())
     _complete_openapi(app, parts)
     return app
+
+
+def _include_admin(app: FastAPI, parts: Parts, *, elsewhere: int | None) -> None:
+    """The routes that change the service: here, on the port `elsewhere`, or nowhere."""
+    routers = [admin.router, v2.admin_router]
+    if parts.admin_keys is None:
+        why = "admin routes are off here; set DETECTOR_ADMIN_KEYS_FILE to a file with a line of `python -m service key NAME`"
+        routers = [admin.absent_routes(routers, why)]
+    elif elsewhere is not None:
+        routers = [admin.absent_routes(routers, f"admin routes are on the operations port here, {elsewhere} (DETECTOR_OPERATIONS_PORT)")]
+    for router in routers:
+        app.include_router(router)
 
 
 def _make_parts(settings: Settings, runtime: Runtime | None) -> Parts:

@@ -268,8 +268,11 @@ def test_admin_routes_need_an_admin_key(tmp_path):
 def test_without_an_admin_file_there_are_no_admin_routes():
     async def scenario():
         async with fake_service() as (client, _, _):
-            for path in ("/v1/models/blobs/load", "/v1/models/blobs/rollback", "/v1/log-level"):
-                assert (await client.post(path)).status_code == 404
+            for path in ("/v1/models/blobs/load", "/v1/models/blobs/rollback", "/v2/repository/models/blobs/load"):
+                response = await client.post(path)
+                assert response.status_code == 404
+                assert "set DETECTOR_ADMIN_KEYS_FILE" in response.text
+            assert "set DETECTOR_ADMIN_KEYS_FILE" in (await client.put("/v1/log-level")).json()["detail"]
             paths = (await client.get("/openapi.json")).json()["paths"]
             assert not any("load" in path or "rollback" in path or "log-level" in path for path in paths)
 
@@ -300,7 +303,9 @@ def test_metrics_and_admin_move_to_their_own_port(tmp_path):
     async def scenario():
         async with fake_service(operations_port=9, admin_keys_file=tmp_path / "admins") as (client, app, _):
             assert (await client.get("/metrics")).status_code == 404
-            assert (await client.get("/v1/log-level", headers={"x-api-key": admin})).status_code == 404
+            elsewhere = await client.get("/v1/log-level", headers={"x-api-key": admin})
+            assert elsewhere.status_code == 404
+            assert "on the operations port here, 9 (" in elsewhere.json()["detail"]
             assert (await client.get("/readyz")).status_code == 200
             transport = httpx.ASGITransport(app=create_operations_app(app.state.parts))
             async with httpx.AsyncClient(transport=transport, base_url="http://operations") as operations:
