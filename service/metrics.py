@@ -23,7 +23,7 @@ LOAD_SECONDS = (0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 
 STAGES = ("read", "decode", "queue", "assemble", "infer", "postprocess", "serialise")
 OUTCOMES = ("ok", "rejected", "failed", "cancelled")
-REASONS = ("queue_full", "deadline", "too_large", "too_many_pixels", "bad_image", "draining", "unauthorised")
+REASONS = ("queue_full", "deadline", "too_large", "too_many_pixels", "bad_image", "bad_request", "draining", "unauthorised")
 PHASES = ("queued", "running")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import re
+import threading
 from collections.abc import Callable
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 from page_server import KnownRuntime, OpenPage, PageServer, png
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from service_fakes import WAIT_S
 
 from docs import screenshots
 
@@ -43,14 +45,41 @@ def test_dashboard_moves_under_load(open_page: OpenPage, page_host: PageServer) 
     with load(page_host):
         expect(page.locator("#fps")).to_have_text(re.compile(r"[1-9]"), timeout=15_000)
         expect(page.locator("#p95")).to_have_text(re.compile(r"[1-9]"))
-        expect(page.locator("#refused")).to_have_text(re.compile(r"[1-9]"))
-        expect(page.locator("#reasons")).to_contain_text("refused: bad image")
+        expect(page.locator("#mistakes-rate")).to_have_text(re.compile(r"[1-9]"))
+        expect(page.locator("#reasons")).to_contain_text("client error: bad image")
+        expect(page.locator("#refused")).to_have_text("0.0")  # what was no picture was answered so
+        expect(page.locator(".bad")).to_have_count(0)
         expect(page.locator("#batch-mean")).to_contain_text("mean 1")
         expect(page.locator("#fps-1m-span")).to_have_text(re.compile(r"^([6-9]|1\d) s$"), timeout=15_000)
         assert inked_pixels(page, "#fps-line") > before
     expect(page.locator("#models")).to_contain_text("blood-cells")
     expect(page.locator("#fps-line")).to_have_attribute("aria-label", re.compile(r"Frames per second over the last 5 minutes: now [1-9]"))
     expect(page).to_have_title(re.compile("fps"))
+
+
+def test_dashboard_tells_refusals_from_mistakes_of_clients(open_page: OpenPage) -> None:
+    busy = PageServer(max_queue_images=1, max_batch_size=1)
+    try:
+        page = open_page("dashboard", at=busy)
+        expect(page.locator("#seen")).to_have_text(re.compile("Live"))
+        while busy.runtime.entered.acquire(blocking=False):  # runs of the warm-up
+            pass
+        busy.runtime.gate.clear()
+        first = threading.Thread(target=busy.detect, args=(png(),))
+        first.start()
+        assert busy.runtime.entered.acquire(timeout=WAIT_S)
+        for _ in range(3):
+            assert httpx.post(f"{busy.url}v1/detect", content=png()).status_code == 429
+        assert httpx.post(f"{busy.url}v1/detect?colour=red", content=png()).status_code == 422
+        expect(page.locator("#reasons")).to_contain_text("client error: bad request", timeout=15_000)
+        expect(page.locator("#reasons tr", has_text="refused: queue full").locator(".bad")).to_have_text("3")
+        expect(page.locator("#reasons .bad")).to_have_count(1)
+        expect(page.locator("#refused")).to_have_text("75.0")  # 3 of 4, as the first is not through
+        expect(page.locator(".figure.bad")).to_have_count(1)
+        busy.runtime.gate.set()
+        first.join()
+    finally:
+        busy.stop()
 
 
 def test_dashboard_says_when_the_service_is_gone_and_when_it_is_back(open_page: OpenPage) -> None:

@@ -15,6 +15,9 @@ const LATENCY = "detector_http_request_duration_seconds";
 const ANSWERED = { route: /detect|infer/, status: /^2/ };
 const STAGE = "detector_stage_duration_seconds";
 const STAGES = ["read", "decode", "queue", "assemble", "infer", "postprocess", "serialise"];
+/** The client's: each was answered with what to do. Who has no key is refused before there is a picture. */
+const PICTURE_MISTAKES = /^(bad_image|bad_request|too_large|too_many_pixels)$/;
+const MISTAKES = new RegExp(`${PICTURE_MISTAKES.source}|^unauthorised$`);
 const REASONS = [
   ["detector_rejected_total", "reason", "refused: "],
   ["detector_cancelled_total", "phase", "client left while "],
@@ -112,7 +115,8 @@ function outcomes(window) {
   const by = (outcome) => window.increase("detector_images_total", { outcome });
   const [ok, rejected, failed, cancelled] = ["ok", "rejected", "failed", "cancelled"].map(by);
   const all = ok + rejected + failed + cancelled;
-  return { ok, rejected, failed, cancelled, all, lost: all ? (100 * (all - ok)) / all : null };
+  const mistakes = Math.min(rejected, window.increase("detector_rejected_total", { reason: PICTURE_MISTAKES }));
+  return { ok, refused: rejected - mistakes, mistakes, failed, cancelled, all, lost: all ? (100 * (all - ok - mistakes)) / all : null };
 }
 
 function measure(at) {
@@ -151,9 +155,10 @@ function showTiles(point) {
     oldest: span(history.gauge("detector_queue_oldest_age_seconds")),
     "queue-p95": `${quantileMs(minute.quantile(0.95, STAGE, { stage: "queue" }))} ms`,
     refused: decimal(point.refused),
-    "refused-rate": perSecond(lost.rejected),
+    "refused-rate": perSecond(lost.refused),
     "failed-rate": perSecond(lost.failed),
     "cancelled-rate": perSecond(lost.cancelled),
+    "mistakes-rate": perSecond(lost.mistakes),
   };
   for (const [id, text] of Object.entries(texts)) $(id).textContent = String(text).replace(`${dash} ms`, dash);
   $("fps-5m").parentElement.hidden = longest.seconds <= minute.seconds;
@@ -190,10 +195,14 @@ function showBatches() {
 function showReasons() {
   const minute = history.window(MINUTE_S);
   const found = REASONS.flatMap(([metric, label, prefix]) =>
-    history.rows(metric).map(({ labels, value }) => [prefix + labels[label].replaceAll("_", " "), minute.increase(metric, { [label]: labels[label] }), value]),
+    history.rows(metric).map(({ labels, value }) => {
+      const mistake = label === "reason" && MISTAKES.test(labels.reason);
+      const name = (mistake ? "client error: " : prefix) + labels[label].replaceAll("_", " ");
+      return [name, minute.increase(metric, { [label]: labels[label] }), value, !mistake];
+    }),
   ).filter(([, , total]) => total > 0);
   found.sort((one, other) => other[1] - one[1] || other[2] - one[2]);
-  $("reasons").replaceChildren(...found.map(([name, recent, total]) => row([name], [String(recent), recent ? "number bad" : "number"], [String(total), "number"])));
+  $("reasons").replaceChildren(...found.map(([name, recent, total, ours]) => row([name], [String(recent), recent && ours ? "number bad" : "number"], [String(total), "number"])));
   $("reasons").parentElement.hidden = found.length === 0;
   $("no-reasons").hidden = found.length > 0;
 }
