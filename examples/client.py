@@ -1,5 +1,6 @@
 """A small client for the detection service, to copy into your program. Needs httpx and nothing of this project.
 
+    python -m pip install httpx
     python examples/client.py --url http://127.0.0.1:8000 picture.jpg another.png
 
 In a program:
@@ -29,7 +30,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
+try:
+    import httpx
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("this client needs httpx: python -m pip install httpx")
 
 Picture = Path | bytes
 Options = str | int | float | Sequence[str] | None
@@ -248,7 +254,10 @@ def main() -> int:
         for path in arguments.pictures:
             try:
                 answer = detector.detect(path, score_threshold=arguments.score_threshold)
-            except (DetectorError, httpx.TransportError, OSError) as error:
+            except httpx.TransportError as error:
+                print(f"{arguments.url} does not answer: {error}; is the service running there? `make serve` starts it", file=sys.stderr)
+                return 1
+            except (DetectorError, OSError) as error:
                 print(f"{path}: {error}", file=sys.stderr)
                 failed += 1
                 continue

@@ -6,7 +6,7 @@ set -eu
 
 URL=${1:-http://127.0.0.1:8000}
 PICTURE=${2:-$(dirname "$0")/blood_smear.jpg}
-OUT=${3:-.}
+OUT=${3:-$(mktemp -d)}
 say() { printf '\n== %s\n' "$1"; }
 ask() { curl --silent --show-error --fail-with-body "$@"; }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,24 @@ def test_command_line(server: Process, tmp_path: Path) -> None:
     assert done.stdout.split("\n")[1].split()[0] == "red"
 
 
+def test_a_service_that_is_not_there_is_named(tmp_path: Path) -> None:
+    file, url = tmp_path / "red.png", f"http://127.0.0.1:{free_port()}"
+    file.write_bytes(picture())
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "client.py", file, file, "--url", url], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"{url} does not answer: ")
+    assert "red.png" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_without_httpx_it_says_what_to_install() -> None:
+    program = f"import runpy, sys; sys.modules['httpx'] = None; runpy.run_path({str(EXAMPLES / 'client.py')!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (1, "this client needs httpx: python -m pip install httpx\n")
+
+
 def test_the_command_goes_on_after_a_picture_without_an_answer(server: Process, tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "red.png").write_bytes(picture(90, 60))
@@ -202,6 +221,19 @@ def test_curl_lines(server: Process, tmp_path: Path) -> None:
     assert '"model_name":"blobs"' in done.stdout
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert (drawn.format, drawn.size) == ("PNG", (640, 480))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the script is made of curl lines")
+def test_curl_lines_leave_nothing_where_they_are_run(server: Process, tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    command = ["sh", EXAMPLES / "detect.sh", server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=here, env={**os.environ, "TMPDIR": str(elsewhere)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(here.iterdir()) == []
+    (drawn,) = elsewhere.glob("*/drawn.png")
+    assert f"as PNG: {drawn}" in done.stdout
 
 
 def test_blood_smear_is_drawn_the_same_each_time() -> None:
