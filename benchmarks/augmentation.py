@@ -119,6 +119,8 @@ def _write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         lines += [f"{options.data.name}/{options.val_split}, {options.epochs} epochs at short side {options.short_side}.", ""]
         lines += ["| training | AP | AP50 | AP75 | deviation of AP over seeds |", "| --- | ---: | ---: | ---: | ---: |"]
         lines += [f"| {row['variant']} | " + " | ".join(_cells(row)) + " |" for row in rows]
+        if missing := set(options.variants.split(",")) - {row["variant"] for row in rows}:
+            lines += ["", f"Not trained to the end: {', '.join(sorted(missing))}."]
         options.markdown.write_text("\n".join(lines) + "\n")
 
 

@@ -17,7 +17,6 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 PANEL = (5.2, 3.6)
-FACTS = ("machine", "device", "threads", "rounds", "torch", "torchvision", "onnxruntime")
 SWEEPS = {"batch": "images in a batch", "short side": "short side, pixels", "proposals": "proposals an image"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.augmentation import VARIANTS, build_parser, main, settings_of
+from benchmarks.augmentation import VARIANTS, _write, build_parser, main, settings_of
 from model.config import config_from_dict
 from model.data.synthetic import write_voc
 from model.overrides import with_settings
@@ -49,3 +49,13 @@ def test_variants_are_trained_scored_and_not_trained_again(tmp_path: Path, capfd
     assert main([*command, "--json", str(tmp_path / "b.json")]) == 0
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("work/*/best.pt"))] == written
     assert json.loads((tmp_path / "b.json").read_text())["rows"] == rows
+
+
+def test_a_page_of_an_interrupted_run_names_what_is_missing(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    options = build_parser().parse_args(["somewhere", "--variants", "and copy-paste,and mosaic", "--markdown", str(page)])
+    row = {"variant": "and copy-paste", "AP": 0.5, "AP50": 0.8, "AP75": 0.6, "AP_sd": None}
+    _write([row], options)
+    assert page.read_text().endswith("| and copy-paste | 0.500 | 0.800 | 0.600 | - |\n\nNot trained to the end: and mosaic.\n")
+    _write([row, {**row, "variant": "and mosaic"}], options)
+    assert "Not trained" not in page.read_text()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from service_pictures import ACCEPTED
 
 from model.data.colour import to_srgb
 from model.data.images import ImageError, read_rgb
@@ -52,6 +53,16 @@ def test_sixteen_bits_are_scaled_and_not_cut() -> None:
     made = np.asarray(to_srgb(Image.fromarray(values)))
     assert made.shape == (50, 70, 3)
     np.testing.assert_allclose(made[..., 0], values / 257, atol=1)
+
+
+@pytest.mark.parametrize("data", [pytest.param(data, id=words) for words, data, _ in ACCEPTED])
+def test_what_the_service_accepts_looks_the_same_in_training(data: bytes, tmp_path: Path) -> None:
+    """Colour and orientation are written twice, since neither side may import the other: this holds them together."""
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    ours, theirs = read_rgb(path).astype(np.int16), served(path)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 2
 
 
 def test_real_awkward_pictures_look_the_same_in_training_and_serving(detection_data: Path) -> None:
