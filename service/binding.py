@@ -16,6 +16,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from service.capture_gate import CAPTURES
+
 BOUND_SHAPES = 32
 """Shapes whose device buffers are kept where any may come. Where batches are filled up there are few, and a recording keeps its addresses:
 then all are."""
@@ -95,11 +97,13 @@ def _page_locking(cudart: Any, device_id: int) -> HostBuffer:
         return status == 0
 
     def pin(address: int, size: int) -> bool:
-        return done(cudart.cudaSetDevice(device_id)) and done(cudart.cudaHostRegister(address, size, portable))
+        with CAPTURES.beside():
+            return done(cudart.cudaSetDevice(device_id)) and done(cudart.cudaHostRegister(address, size, portable))
 
     def unpin(address: int) -> None:
-        done(cudart.cudaSetDevice(device_id))
-        done(cudart.cudaHostUnregister(address))
+        with CAPTURES.beside():
+            done(cudart.cudaSetDevice(device_id))
+            done(cudart.cudaHostUnregister(address))
 
     return HostBuffer(pin, unpin)
 
@@ -169,7 +173,20 @@ class BoundSession:
         count = len(images)
         if self._fills_up:
             images, image_sizes_hw = self._fill_up(images, image_sizes_hw)
-        bound = self._bound(images.shape)
+        new = images.shape not in self._shapes
+        try:
+            return self._run(self._bound(images.shape), images, image_sizes_hw, count)
+        except Exception:
+            if new:  # nothing was recorded, and its buffers are memory that a smaller batch may need
+                self._shapes.pop(images.shape, None)
+            raise
+
+    def records(self, shape: Sequence[int]) -> bool:
+        """Whether a batch of this shape would be recorded now."""
+        count, *picture = shape
+        return self._graphs and (full_size(count, self._largest_batch), *picture) not in self._shapes
+
+    def _run(self, bound: _Bound, images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64], count: int) -> list[NDArray[Any]]:
         bound.images.update_inplace(np.ascontiguousarray(images))
         bound.sizes_hw.update_inplace(np.ascontiguousarray(image_sizes_hw))
         self._session.run_with_iobinding(bound.binding, bound.options)

@@ -7,8 +7,10 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from service.device_calls import Place, here
 from service.golden import GoldenMismatch, check_golden
 from service.host_memory import release_freed_memory
 from service.manifest import Bucket, Manifest, ManifestError
@@ -128,8 +130,12 @@ class Loader:
         """A device is gone for good: versions that are loaded from now on do without it. May be called while one is loaded."""
         self._lost.add(index)
 
-    def load(self, name: str, version: str) -> LoadedVersion:
+    def load(self, name: str, version: str, place_of: Callable[[int], Place]) -> LoadedVersion:
         """Open, warm and check one version.
+
+        Args:
+            place_of: device index -> its own thread, where a runtime that records CUDA graphs is warmed and checked: a recording serves
+                only the thread that made it. Any other runtime is warmed here, beside the batches of the version that serves.
 
         Raises:
             RuntimeLoadError, ManifestError, GoldenMismatch: it must not serve, and why.
@@ -147,8 +153,9 @@ class Loader:
                 if index in self._lost:
                     continue
                 runtime = runtimes[index] = self._open_runtime(path, device, self._max_batch_size)
-                costs = _slower(costs, warm_up(runtime, self._max_batch_size))
-                check_golden(runtime)
+                place = place_of(index) if isinstance(runtime, OnnxRuntime) and runtime.graphs else here
+                costs = _slower(costs, warm_up(runtime, self._max_batch_size, place))
+                place(partial(check_golden, runtime))
                 if isinstance(runtime, OnnxRuntime):
                     runtime.trim()
         except Exception:
@@ -163,7 +170,7 @@ class Loader:
         _warn_of_other_identity(loaded.manifest, name, version)
         return loaded
 
-    def load_newest(self, name: str) -> LoadedVersion:
+    def load_newest(self, name: str, place_of: Callable[[int], Place]) -> LoadedVersion:
         """The newest version that is valid; each one that is not is logged with its reason.
 
         Raises:
@@ -172,7 +179,7 @@ class Loader:
         reasons = []
         for version in find_models(self.root).get(name, []):
             try:
-                return self.load(name, version)
+                return self.load(name, version, place_of)
             except (RuntimeLoadError, ManifestError, GoldenMismatch) as error:
                 logger.error("model %s version %s is not served: %s", name, version, error)
                 reasons.append(f"version {version}: {_load_error(error)}")

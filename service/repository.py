@@ -171,10 +171,9 @@ class Repository:
 
     async def start(self, wanted: Sequence[tuple[str, str | None]]) -> None:
         """Load what the settings ask for. Raises NoModel, RuntimeLoadError, ManifestError or GoldenMismatch."""
-        loader = self._require_loader()
-        for name, version in wanted:
-            loaded = await asyncio.to_thread(loader.load, name, version) if version else await asyncio.to_thread(loader.load_newest, name)
-            self.adopt(loaded, pinned=version is not None)
+        async with self._loading:
+            for name, version in wanted:
+                self.adopt(await self._open(name, version), pinned=version is not None)
 
     def adopt(self, loaded: LoadedVersion, *, pinned: bool = False) -> ServedVersion:
         """Take a loaded version into service; it becomes its name's active one unless that name has one already."""
@@ -201,7 +200,8 @@ class Repository:
 
     async def enter_beside(self, name: str, version: str) -> ServedVersion:
         """Load a version that no request can ask for: a shadow's candidate."""
-        loaded = await asyncio.to_thread(self._require_loader().load, name, version)
+        async with self._loading:
+            loaded = await self._open(name, version)
         self._beside.append(self.enter(loaded, group=name))
         return self._beside[-1]
 
@@ -218,8 +218,7 @@ class Repository:
             raise ModelNotFound(f"no {shown[:80]!r} in the repository; it holds {', '.join(find_models(loader.root)) or 'no model'}")
         async with self._loading:
             try:
-                work = asyncio.to_thread(loader.load, name, version) if version else asyncio.to_thread(loader.load_newest, name)
-                loaded = await work
+                loaded = await self._open(name, version)
             except Exception as error:
                 self._metrics.reloads["failed"].inc()
                 logger.error("model %s was not loaded: %s", name, error)
@@ -266,6 +265,12 @@ class Repository:
             for served in leaving:
                 self._retire_soon(served)
         logger.info("model unloaded", extra={"fields": {"model": name, "versions": [served.version for served in leaving]}})
+
+    async def _open(self, name: str, version: str | None) -> LoadedVersion:
+        loader, place_of = self._require_loader(), self._scheduler.place
+        if version is None:
+            return await asyncio.to_thread(loader.load_newest, name, place_of)
+        return await asyncio.to_thread(loader.load, name, version, place_of)
 
     def _activate(self, name: str, served: ServedVersion) -> None:
         self._active[name] = served

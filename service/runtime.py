@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.binding import GRAPH_ID, NO_GRAPH, BoundSession, HostBuffer, pinned_buffer
+from service.capture_gate import CAPTURES
 from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device_error, first_line
 from service.errors import InferenceFailed
 from service.manifest import Bucket, Manifest, parse_manifest
@@ -150,8 +152,9 @@ class OnnxRuntime:
             raise ProviderMissing(f"no execution provider of {provider_candidates(provider)} works here")
         self._outputs = _checked_outputs(self._session, path)
         self._manifest = parse_manifest(self._session.get_modelmeta().custom_metadata_map, str(path))
-        self._graphs = cuda_graphs and self.provider == "cuda"
-        if self._graphs and self._manifest.nms != "dense":
+        self.graphs = cuda_graphs and self.provider == "cuda"
+        """Whether shapes are recorded: then every run, the first one too, belongs on one and the same thread."""
+        if self.graphs and self._manifest.nms != "dense":
             raise RuntimeLoadError(
                 f"{path}: CUDA graphs need a file with dense NMS, this one waits for the host inside; "
                 "export it with `--nms dense`, or unset DETECTOR_CUDA_GRAPHS"
@@ -162,7 +165,7 @@ class OnnxRuntime:
             None
             if on_cpu
             else BoundSession(
-                self._session, self._outputs, "cuda", device_id, graphs=self._graphs, largest_batch=largest_batch, host=self._host
+                self._session, self._outputs, "cuda", device_id, graphs=self.graphs, largest_batch=largest_batch, host=self._host
             )
         )
 
@@ -183,17 +186,24 @@ class OnnxRuntime:
             self._plan.check_shape(images.shape)
         try:
             outputs: Sequence[NDArray[Any]]
-            if self._bound is not None:
-                outputs = self._bound.run(images, image_sizes_hw)
-            else:
-                outputs = self._session.run(self._outputs, {"images": images, "image_sizes_hw": image_sizes_hw})
-            if len(outputs) > len(OUTPUTS):
-                outputs = self._certified(outputs, images, image_sizes_hw)
+            with self._turn(images.shape):
+                if self._bound is not None:
+                    outputs = self._bound.run(images, image_sizes_hw)
+                else:
+                    outputs = self._session.run(self._outputs, {"images": images, "image_sizes_hw": image_sizes_hw})
+                if len(outputs) > len(OUTPUTS):
+                    outputs = self._certified(outputs, images, image_sizes_hw)
         except InferenceFailed:
             raise
         except Exception as error:
             raise classify_device_error(error) from error
         return Detections(*outputs)
+
+    def _turn(self, shape: Sequence[int]) -> AbstractContextManager[None]:
+        """On a GPU, a pass through the process's gate: alone for a run that records."""
+        if self._bound is None:
+            return nullcontext()
+        return CAPTURES.alone() if self._bound.records(shape) else CAPTURES.beside()
 
     def _certified(
         self, outputs: Sequence[NDArray[Any]], images: NDArray[np.uint8], image_sizes_hw: NDArray[np.int64]
@@ -214,7 +224,7 @@ class OnnxRuntime:
             session = self._cpu_session
         assert session is not None  # run looked
         options = ort.RunOptions()
-        if self._graphs:
+        if self.graphs:
             options.add_run_config_entry(GRAPH_ID, NO_GRAPH)
         feed = {"images": image, "image_sizes_hw": size_hw, NMS_START: state}
         outputs: Sequence[NDArray[Any]] = session.run(self._outputs, feed, options)
@@ -235,15 +245,17 @@ class OnnxRuntime:
 
     def close(self) -> None:
         """Drop the session: ONNX Runtime frees its arena with it."""
-        self._bound = None
-        self._host.close()
-        self._session = self._cpu_session = None
+        with CAPTURES.beside():
+            self._bound = None
+            self._host.close()
+            self._session = self._cpu_session = None
 
 
 def _open(path: Path, provider: str, stack: list[Any], intra_op_threads: int | None) -> ort.InferenceSession:
     """A session; where the runtime cannot record this graph it says so at once, and then the file itself is whole."""
     try:
-        return open_session(path, provider, stack, intra_op_threads)
+        with CAPTURES.beside():
+            return open_session(path, provider, stack, intra_op_threads)
     except RuntimeLoadError as error:
         if "graph capture" not in str(error).lower():
             raise

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from service.batch_costs import BatchCosts
 from service.batch_queue import Batch, BatchQueue, LaneKey, Phase, Priority, Snapshot
 from service.batch_runner import Answer, Assemble, BatchRunner, Observer, Outcome, Run
 from service.conditions import Conditions
+from service.device_calls import Call, DeviceCalls, Place, T
 from service.device_errors import DeviceLost, DeviceOutOfMemory
 from service.errors import DetectorError
 from service.refusals import batch_lost, device_lost, draining, not_started, too_late
@@ -86,6 +88,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._runner = BatchRunner(self._queue, self._lock, self._observer, clock, self._post)
+        self._calls = DeviceCalls()
         self._idle_threads = 0
         self._refusal: Callable[[], DetectorError] | None = not_started
         self._stopped = False
@@ -163,6 +166,8 @@ class Scheduler:
             self._refusal = self._refusal or draining
             self._stopped = True
             waiting = self._queue.clear(running=False)
+            for device in range(len(self._threads)):
+                self._calls.close(device, draining, running=False)
             self._work.notify_all()
         self._settle([(entry, draining()) for entry in waiting])
         self._expected.refuse(draining)
@@ -173,6 +178,22 @@ class Scheduler:
         await asyncio.sleep(0)  # results that the threads posted last are delivered before this returns
         self._timer.cancel()
         return not any(thread.is_alive() for thread in started)
+
+    # Work between batches
+
+    def place(self, device: int) -> Place:
+        """A device's own thread, for work that must not run beside its batches or on another thread. It waits for the batch that runs."""
+
+        def on_device(work: Callable[[], T], /) -> T:
+            with self._lock:
+                if self._refusal is not None:
+                    raise self._refusal()
+                future = self._calls.add(device, work)
+                self._work.notify_all()
+            result: T = future.result()
+            return result
+
+        return on_device
 
     # Requests
 
@@ -251,7 +272,9 @@ class Scheduler:
     def snapshot(self) -> Snapshot:
         """Depth, ages and running batches of this moment."""
         with self._lock:
-            return self._queue.snapshot(self._clock())
+            now = self._clock()
+            snapshot = self._queue.snapshot(now)
+            return replace(snapshot, longest_run_s=max(snapshot.longest_run_s, self._calls.longest_s(now)))
 
     # On the event loop
 
@@ -301,21 +324,25 @@ class Scheduler:
 
     def _serve(self, device: int) -> None:
         try:
-            while (batch := self._next_batch(device)) is not None:
-                self._post([(entry, too_late("before a device was free")) for entry in batch.late])
-                if batch.entries:
-                    self._runner.run(batch)
+            while (work := self._next_work(device)) is not None:
+                if isinstance(work, Call):
+                    self._runner.answer(device)
+                    work.run()
+                    continue
+                self._post([(entry, too_late("before a device was free")) for entry in work.late])
+                if work.entries:
+                    self._runner.run(work)
         except BaseException as error:  # a lost device, or a fault of ours: either way nobody may wait for this thread
             self._lose(device, error)
         finally:
             self._runner.answer(device)
 
-    def _next_batch(self, device: int) -> Batch | None:
+    def _next_work(self, device: int) -> Batch | Call | None:
         with self._work:
             while not self._stopped:
-                batch = self._queue.take(device, self._clock())
-                if batch is not None:
-                    return batch
+                work = self._calls.take(device, self._clock()) or self._queue.take(device, self._clock())
+                if work is not None:
+                    return work
                 self._runner.answer(device)
                 self._idle_threads += 1
                 self._work.wait()
@@ -347,3 +374,5 @@ class Scheduler:
         self._post([(entry, refusal()) for entry in entries])
         if self._on_device_lost is not None and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._on_device_lost, device, error, left)
+        with self._lock:
+            self._calls.close(device, lambda: error, running=True)

@@ -171,9 +171,10 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ENV_PREFIX + "_".join(str(part) for part in first["loc"][:1]).upper() if first["loc"] else "settings"
-        came = f" (got {first['input']!r})" if first["loc"] else ""
-        raise SettingsError(f"{name}: {first['msg']}{came}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:  # else it is about several
+            message = f"{ENV_PREFIX}{str(first['loc'][0]).upper()}: {message} (got {first['input']!r})"
+        raise SettingsError(message) from error
 
 
 def describe_settings() -> str:

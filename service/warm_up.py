@@ -9,11 +9,13 @@ import base64
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.binding import full_size
+from service.device_calls import Place, here
 from service.device_errors import DeviceOutOfMemory
 from service.golden import GOLDEN_LIMITS
 from service.images import prepare
@@ -31,8 +33,8 @@ LONGEST_RUN_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-def warm_up(runtime: Runtime, max_batch_size: int) -> CostTable:
-    """Seconds of a batch for every bucket.
+def warm_up(runtime: Runtime, max_batch_size: int, place: Place = here) -> CostTable:
+    """Seconds of a batch for every bucket. `place` is where it runs, shape by shape, so that others get a turn between.
 
     A GPU searches algorithms, allocates and records at the first run of a shape, so there every shape that may come is run now: each
     bucket with 1, 2, 4, ... images and `max_batch_size`. A runtime that was told its largest batch fills the batches between up to the
@@ -43,7 +45,7 @@ def warm_up(runtime: Runtime, max_batch_size: int) -> CostTable:
     Raises:
         RuntimeLoadError: not even one picture fits into the device's memory. Where several do not, the table ends before them.
     """
-    trial = _Trial(runtime, max_batch_size)
+    trial = _Trial(runtime, max_batch_size, place)
     try:
         return trial.reckon() if runtime.provider == "cpu" else trial.measure()
     except DeviceOutOfMemory as error:
@@ -56,8 +58,9 @@ def warm_up(runtime: Runtime, max_batch_size: int) -> CostTable:
 class _Trial:
     """Batches of one picture, timed."""
 
-    def __init__(self, runtime: Runtime, max_batch_size: int) -> None:
+    def __init__(self, runtime: Runtime, max_batch_size: int, place: Place) -> None:
         self._runtime = runtime
+        self._place = place
         self._max_batch_size = max_batch_size
         self._buckets = runtime.manifest.input.buckets
         self._picture = telling_picture(runtime.manifest)
@@ -77,7 +80,7 @@ class _Trial:
         times = dict(self._batch_times(small))
         growth = 0.0
         if _area(large) > _area(small):
-            one_large_s = self._timed_run(*self._batch(large, 1))  # the batches before it made room enough
+            one_large_s = self._place(partial(self._timed_run, *self._batch(large, 1)))  # the batches before it made room enough
             growth = max(0.0, one_large_s / times[1] - 1) / (_area(large) - _area(small))
         return {
             (bucket, size): seconds * (1 + growth * (_area(bucket) - _area(small)))
@@ -90,7 +93,7 @@ class _Trial:
         best = float("inf")
         for size in sorted({full_size(size, self._max_batch_size) for size in range(1, self._max_batch_size + 1)}):
             try:
-                seconds = self._fastest(bucket, size)
+                seconds = self._place(partial(self._fastest, bucket, size))
             except DeviceOutOfMemory as error:
                 if size == 1:
                     raise

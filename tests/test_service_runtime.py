@@ -14,6 +14,7 @@ from service_onnx import colour_graph, golden, write_model
 
 from service.batch_costs import BatchCosts
 from service.binding import BoundSession
+from service.device_calls import here
 from service.device_errors import DeviceLost, DeviceOutOfMemory, classify_device_error
 from service.errors import InferenceFailed
 from service.golden import GoldenMismatch, check_golden
@@ -301,7 +302,7 @@ def test_a_version_on_two_devices_takes_the_batches_that_fit_into_both(tmp_path)
         runtime.before_run = fits(16 if device else 2)
         return runtime
 
-    costs = Loader(tmp_path, open_runtime, devices=[0, 1], max_batch_size=4).load("blobs", "1").costs
+    costs = Loader(tmp_path, open_runtime, devices=[0, 1], max_batch_size=4).load("blobs", "1", lambda index: here).costs
     assert max(size for _, size in costs) == 2
     assert min(costs.values()) >= 0.004
 

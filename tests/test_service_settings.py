@@ -79,7 +79,7 @@ def test_one_port_cannot_be_two():
 
 @pytest.mark.parametrize("provider", ["auto", "cpu", "tensorrt"])
 def test_cuda_graphs_are_never_silently_ignored(provider):
-    with pytest.raises(SettingsError, match=f"DETECTOR_CUDA_GRAPHS works with DETECTOR_PROVIDER=cuda alone, .* '{provider}'"):
+    with pytest.raises(SettingsError, match=f"^DETECTOR_CUDA_GRAPHS works with DETECTOR_PROVIDER=cuda alone, .* '{provider}'"):
         load_settings(provider=provider, cuda_graphs=True)
     assert load_settings(provider="cuda", cuda_graphs=True).cuda_graphs
 
