@@ -31,12 +31,15 @@ def registry() -> tuple[str, dict[str, list[Row]]]:
 
 def without_kernel(model: onnx.ModelProto) -> list[str]:
     """One sentence for every kind of node that CUDA cannot run; empty if it runs them all."""
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    types = _element_types(model)
-    problems = Counter(
-        problem for node in model.graph.node if node.op_type not in FOLDED and (problem := _problem(node, opset, types)) is not None
-    )
+    problems = Counter(problem for problem in problem_of_each(model) if problem is not None)
     return [f"{count} x {problem}" for problem, count in sorted(problems.items())]
+
+
+def problem_of_each(model: onnx.ModelProto) -> list[str | None]:
+    """For every node, in the order of the file: why CUDA cannot run it, or None."""
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    types = element_types(model)
+    return [None if node.op_type in FOLDED else _problem(node, opset, types) for node in model.graph.node]
 
 
 def _problem(node: onnx.NodeProto, opset: int, types: dict[str, str]) -> str | None:
@@ -70,7 +73,7 @@ def _type_parameters(node: onnx.NodeProto, schema: Any, types: dict[str, str]) -
     return used
 
 
-def _element_types(model: onnx.ModelProto) -> dict[str, str]:
+def element_types(model: onnx.ModelProto) -> dict[str, str]:
     """Tensor -> element type, as far as inference tells; of a graph that it rejects, what the graph says itself."""
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,17 @@ import onnxruntime as ort
 
 from export import pictures
 from service.manifest import Bucket
-from service.runtime import OUTPUTS, PROVIDER_NAMES
+from service.providers import (
+    PROVIDER_NAMES,
+    ProviderMissing,
+    missing_sentence,
+    open_session,
+    provider_candidates,
+    provider_stack,
+    session_options,
+)
+from service.runtime import OUTPUTS
+from service.tensorrt import require_engines
 
 WARM_RUNS = 2
 
@@ -39,29 +49,41 @@ class NodeRun:
 def profile(
     path: Path, bucket: Bucket, *, batch_size: int = 1, provider: str = "cpu", runs: int = 5, optimise: bool = True, threads: int = 0
 ) -> list[NodeRun]:
-    """Nodes in the order in which they ran.
+    """Nodes in the order in which they ran, in the session that the service would open.
 
     Args:
-        provider: one that this build of ONNX Runtime holds; what it cannot run falls to the CPU, and shows.
         optimise: False keeps the file's own nodes and names.
-        threads: 0 leaves the choice to the runtime.
+        threads: 0: as many as the service would take.
+
+    Raises:
+        RuntimeLoadError: the provider is not here (ProviderMissing), TensorRT has no engines for the file, or it cannot be opened.
     """
+    images = np.stack([pictures.smear(bucket, seed) for seed in range(batch_size)])
+    feed = {"images": images, "image_sizes_hw": np.array([bucket] * batch_size, dtype=np.int64)}
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
+        options = session_options(provider, threads or None)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "run")
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        wanted = [PROVIDER_NAMES[provider]] if provider == "cpu" else [PROVIDER_NAMES[provider], PROVIDER_NAMES["cpu"]]
-        session = ort.InferenceSession(str(path), options, providers=wanted)
-        images = np.stack([pictures.smear(bucket, seed) for seed in range(batch_size)])
-        feed = {"images": images, "image_sizes_hw": np.array([bucket] * batch_size, dtype=np.int64)}
+        session = _open(path, provider, options, images.shape)
         for _ in range(WARM_RUNS + runs):
             session.run(OUTPUTS, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
     return _averaged(events, WARM_RUNS, runs)
+
+
+def _open(path: Path, provider: str, options: ort.SessionOptions, shape: Sequence[int]) -> ort.InferenceSession:
+    provider_candidates(provider)
+    engines = None
+    if provider == "tensorrt":
+        plan = require_engines(path, 0)
+        plan.check_shape(shape)
+        engines = plan.provider_options(0)
+    session = open_session(path, provider, provider_stack(provider, tensorrt=engines), options=options)
+    if session.get_providers()[0] != PROVIDER_NAMES[provider]:
+        raise ProviderMissing(missing_sentence(provider, "its libraries or its device did not load"))
+    return session
 
 
 def _averaged(events: Iterable[dict[str, Any]], skipped: int, runs: int) -> list[NodeRun]:

@@ -23,6 +23,7 @@ from model.faster_rcnn import FasterRCNN
 from model.precision import at_least_fp32
 from model.roi_heads import TwoFC
 from model.roi_pool import RoIPooling, first_level_alone
+from model.sizes import size_tensor
 
 COARSE_STRIDE = 32
 """From here on a map has few enough cells for products: their cost grows with it, the operator's does not."""
@@ -120,30 +121,32 @@ def largest_exact_side(depth: int, stride: int, pool_size: int) -> int:
 def _pool(feature: Tensor, rois: Tensor, scale: float, size: int, depth: int) -> Tensor:
     map_h, map_w = feature.shape[2:]
     cells = torch.floor(rois * scale + 0.5).to(torch.int64)  # half away from zero, as C's round of these coordinates >= 0
-    y0, y1 = _bins(cells[..., 1], cells[..., 3], map_h, size)  # [B, R, s]
-    x0, x1 = _bins(cells[..., 0], cells[..., 2], map_w, size)
+    height, width = size_tensor(map_h, cells), size_tensor(map_w, cells)
+    y0, y1 = _bins(cells[..., 1], cells[..., 3], height, size)  # [B, R, s]
+    x0, x1 = _bins(cells[..., 0], cells[..., 2], width, size)
     i, j = _power(y1 - y0, depth), _power(x1 - x0, depth)
-    tall, wide = torch.bitwise_left_shift(torch.ones_like(i), i), torch.bitwise_left_shift(torch.ones_like(j), j)
+    powers = torch.tensor([2**k for k in range(depth)], device=feature.device)  # CUDA has no shift of bits
+    tall, wide = powers[i], powers[j]
     rows, columns = (y0, (y1 - tall).clamp(min=0)), (x0, (x1 - wide).clamp(min=0))
     table = _table(feature, depth)  # [B * T * T * H * W, C]
     batch = torch.arange(feature.shape[0], device=feature.device)[:, None, None, None]
     plane = (batch * depth + i[..., :, None]) * depth + j[..., None, :]  # [B, R, s, s]
-    corners = [table[((plane * map_h + y[..., :, None]) * map_w + x[..., None, :]).reshape(-1)] for y in rows for x in columns]
+    corners = [table[((plane * height + y[..., :, None]) * width + x[..., None, :]).reshape(-1)] for y in rows for x in columns]
     best = torch.maximum(torch.maximum(corners[0], corners[1]), torch.maximum(corners[2], corners[3]))
     filled = ((y1 > y0)[..., :, None] & (x1 > x0)[..., None, :]).reshape(-1, 1)
     pooled = torch.where(filled, best, 0.0)  # an empty bin is 0
     return pooled.reshape(-1, size, size, feature.shape[1]).permute(0, 3, 1, 2)
 
 
-def _bins(start: Tensor, end: Tensor, limit: int, size: int) -> tuple[Tensor, Tensor]:
-    """First cell and one past the last of every bin along one axis, `[B, R, s]`, clipped to the map."""
+def _bins(start: Tensor, end: Tensor, limit: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First cell and one past the last of every bin along one axis, `[B, R, s]`, clipped to the map's `limit` `[1]` cells."""
     length = (end - start + 1).clamp(min=1)
     step = length.to(torch.float32)[..., None] / size
     index = torch.arange(size, device=start.device, dtype=torch.float32)
     first = torch.floor(index * step).to(torch.int64) + start[..., None]
     last = torch.ceil((index + 1) * step).to(torch.int64) + start[..., None]
     # a bin that begins past the map is empty; its cell must still be one to look up
-    return first.clamp(min=0, max=limit - 1), torch.where(first < limit, last.clamp(min=0, max=limit), 0)
+    return first.clamp(min=0).minimum(limit - 1), torch.where(first < limit, last.clamp(min=0).minimum(limit), 0)
 
 
 def _power(length: Tensor, depth: int) -> Tensor:

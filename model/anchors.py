@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model.sizes import size_tensor
+
 
 def base_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
     """Zero-centred anchors `[A, 4]`, ratio-major, rounded to whole pixels as torchvision's are.
@@ -78,8 +80,8 @@ class AnchorGenerator(nn.Module):
     def _level(self, level: int, feature: Tensor, padded_hw: tuple[int, int]) -> Tensor:
         base = self.get_buffer(f"base_{level}")
         grid_h, grid_w = feature.shape[-2:]
-        ys = torch.arange(grid_h, device=base.device, dtype=base.dtype) * (padded_hw[0] // grid_h)
-        xs = torch.arange(grid_w, device=base.device, dtype=base.dtype) * (padded_hw[1] // grid_w)
+        ys = torch.arange(grid_h, device=base.device, dtype=base.dtype) * size_tensor(padded_hw[0] // grid_h, base)
+        xs = torch.arange(grid_w, device=base.device, dtype=base.dtype) * size_tensor(padded_hw[1] // grid_w, base)
         y, x = ys[:, None].expand(grid_h, grid_w), xs[None, :].expand(grid_h, grid_w)
         shifts = torch.stack([x, y, x, y], dim=-1)  # [H_l, W_l, 4]
         return (shifts[:, :, None, :] + base).reshape(-1, 4)

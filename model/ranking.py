@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.nms import INVALID_SCORE
+from model.sizes import size_tensor
 
 
 def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +21,7 @@ def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     padded = F.pad(scores, (0, k), value=INVALID_SCORE)
     best = padded.topk(k, dim=1, sorted=True)
-    inside = best.indices < scores.shape[1]
+    inside = best.indices < size_tensor(scores.shape[1], best.indices)
     return torch.where(inside, best.values, INVALID_SCORE), torch.where(inside, best.indices, 0)
 
 

@@ -16,6 +16,7 @@ from torchvision.ops import roi_align, roi_pool
 from model import boxes as box_ops
 from model.config import RoIConfig
 from model.precision import at_least_fp32
+from model.sizes import size_tensor
 from model.sparse_roi_align import sparse_roi_align
 
 BORDER = 1
@@ -111,7 +112,8 @@ def _per_level(values: Sequence[float | int], levels: Tensor, like: Tensor) -> T
     """`values[levels]`, written as a sum of comparisons so that values may be symbolic sizes."""
     result = torch.zeros_like(levels, dtype=like.dtype)
     for level, value in enumerate(values):
-        result = result + (levels == level).to(like.dtype) * value
+        factor = value if isinstance(value, float) else size_tensor(value, like)
+        result = result + (levels == level).to(like.dtype) * factor
     return result
 
 

@@ -111,18 +111,21 @@ def strict_session(model: Path | bytes, options: ort.SessionOptions, stack: list
     return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=stack, enable_fallback=0)
 
 
-def open_session(path: Path, provider: str, stack: list[Any], intra_op_threads: int | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, provider: str, stack: list[Any], intra_op_threads: int | None = None, options: ort.SessionOptions | None = None
+) -> ort.InferenceSession:
     """A session of a model file as the service runs it.
 
     Args:
         stack: from `provider_stack`.
         intra_op_threads: see `session_options`.
+        options: in place of the service's own.
 
     Raises:
         RuntimeLoadError: the file cannot be opened, or not by this provider; caused by the runtime's own exception.
     """
     try:
-        return strict_session(path, session_options(provider, intra_op_threads), stack)
+        return strict_session(path, options or session_options(provider, intra_op_threads), stack)
     except Exception as error:
         where = "" if provider == "cpu" else f" with the provider {provider!r}"
         raise RuntimeLoadError(f"{path}: ONNX Runtime cannot open it{where}: {first_line(error)}; is it a complete model.onnx?") from error

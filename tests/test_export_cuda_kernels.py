@@ -1,20 +1,16 @@
-"""The static audit: operators, versions and types against the registry of ONNX Runtime's CUDA kernels."""
+"""Operators, versions and types against the registry of ONNX Runtime's CUDA kernels."""
 
 from __future__ import annotations
 
 import re
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from conftest import ROOT
 from onnx import TensorProto, helper
 
-from export.audit import audit, main
 from export.cuda_kernels import registry, without_kernel
-
-DEMO = next((ROOT / "model_repository").glob("*/1/model.onnx"))
 
 
 def one_node(op: str, kind: int = TensorProto.FLOAT, *, opset: int = 18, inputs: int = 1, **attributes: object) -> onnx.ModelProto:
@@ -80,30 +76,3 @@ def test_a_version_that_no_kernel_was_registered_for_is_named(monkeypatch: pytes
     (problem,) = without_kernel(one_node("RoiAlign", inputs=3))
     assert problem == "1 x RoiAlign of opset 16: the CUDA kernels of ONNX Runtime 1.24.0 are for other versions"
     assert without_kernel(one_node("RoiAlign", inputs=3, opset=11)) == []
-
-
-def test_the_bundled_model_runs_on_cuda_but_waits_for_the_host_in_nms() -> None:
-    found = audit(DEMO, "cuda", (384, 512))
-    assert not found.measured
-    assert found.passed, found.misplaced
-    assert any("NonMaxSuppression" in sentence for sentence in found.warnings)
-
-
-def test_the_command_ends_with_one_where_a_node_would_leave_the_device(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = onnx.load(DEMO)
-    boxes = model.graph.output[0].name
-    producer = next(node for node in model.graph.node if boxes in node.output)
-    producer.output[list(producer.output).index(boxes)] = "boxes_before"
-    repeats = onnx.numpy_helper.from_array(np.ones(3, np.int64), "once")
-    model.graph.initializer.append(repeats)
-    model.graph.node.extend(
-        [
-            helper.make_node("Cast", ["boxes_before"], ["flags"], to=TensorProto.BOOL),
-            helper.make_node("Tile", ["flags", "once"], ["tiled"]),
-            helper.make_node("Cast", ["tiled"], [boxes], to=TensorProto.FLOAT),
-        ]
-    )
-    path = tmp_path / "model.onnx"
-    onnx.save(model, path)
-    assert main([str(path), "--provider", "cuda"]) == 1
-    assert "off the device: 1 x Tile on bool" in capsys.readouterr().out.replace("\n", " ")
