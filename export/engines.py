@@ -2,7 +2,8 @@
 
 ONNX Runtime builds an engine when a session meets a shape that none covers, which takes minutes; so all are built here, for every bucket
 and every batch up to the given size, and the service only reads them (`service/tensorrt.py`). They lie beside the model file, in a folder
-that is named after GPU, driver, versions and the file's own digest.
+that is named after GPU, driver, versions and the file's own digest. Only a file with dense NMS can have them (`--nms dense`): in any other,
+shapes within the graph depend on what is in the picture, and no range would hold them.
 
 TensorRT gets the graph in parts, since some operators stay on CUDA, and every part wants the ranges of its own inputs. Which tensors those
 are only TensorRT's provider knows: it names them when it refuses a session. Their shapes are measured on the CPU at one and two images.
@@ -27,13 +28,25 @@ from export.console import wide_console
 from service.device_errors import first_line
 from service.loading import MODEL_FILE
 from service.manifest import Bucket, ManifestError, parse_manifest
-from service.providers import PROVIDER_NAMES, RuntimeLoadError, missing_sentence, open_session, provider_candidates, provider_stack
-from service.tensorrt import EnginePlan, Shape, engine_folder, engine_key, input_ranges, load_plan
+from service.providers import (
+    PROVIDER_NAMES,
+    RuntimeLoadError,
+    missing_sentence,
+    open_session,
+    provider_candidates,
+    provider_stack,
+    session_options,
+    strict_session,
+)
+from service.tensorrt import EnginePlan, Range, Shape, corners, engine_folder, engine_key, input_ranges, load_plan
 
 MISSING_RANGES = "Following input(s) has no associated shape profiles provided:"
 """The words of ONNX Runtime's TensorRT provider, before a list of names."""
 MOST_PARTS = 32
 """Rounds of asking: each names the inputs of one more part of the graph."""
+
+NO_OTHER = "and TensorRT's library; without a GPU there is nothing to build"
+DENSE_HINT = "export the checkpoint with `--nms dense`, or use the CUDA provider"
 
 OpenSession = Callable[[Path, EnginePlan, int], Any]
 """(model file, plan, device) -> a session, which builds what the plan's folder does not hold."""
@@ -59,7 +72,7 @@ def missing_ranges(message: str) -> list[str]:
 
 
 def measure(model: onnx.ModelProto, names: Sequence[str], bucket: Bucket, batch_size: int) -> list[Shape]:
-    """Shapes of inner tensors for one batch of one bucket, from a run on the CPU.
+    """Shapes of inner tensors for one batch of one bucket, from a run on the CPU. Of a grey picture: none depends on the pixels.
 
     Raises:
         BuildError: a name is no tensor of the file.
@@ -72,26 +85,28 @@ def measure(model: onnx.ModelProto, names: Sequence[str], bucket: Bucket, batch_
     opened.CopyFrom(model)
     del opened.graph.output[:]
     opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options("cpu")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(opened.SerializeToString(), options, providers=[PROVIDER_NAMES["cpu"]])
+    session = strict_session(opened.SerializeToString(), options, provider_stack("cpu"))
     feed = {"images": np.full((batch_size, *bucket, 3), 114, np.uint8), "image_sizes_hw": np.array([bucket] * batch_size, np.int64)}
     given = {value.name for value in session.get_inputs()}
     return [tuple(array.shape) for array in session.run(list(names), {name: feed[name] for name in given})]
 
 
-def inner_ranges(
-    model: onnx.ModelProto, names: Sequence[str], buckets: Sequence[Bucket], max_batch_size: int
-) -> dict[str, list[tuple[Shape, Shape, Shape]]]:
-    """One profile a bucket for inner tensors: each side grows evenly with the batch."""
-    ranges: dict[str, list[tuple[Shape, Shape, Shape]]] = {name: [] for name in names}
-    for bucket in buckets:
-        one, two = measure(model, names, bucket, 1), measure(model, names, bucket, 2)
-        for name, first, second in zip(names, one, two, strict=True):
-            low, usual, high = (at_batch(first, second, size) for size in (1, max(1, max_batch_size // 2), max_batch_size))
-            ranges[name].append((low, usual, high))
-    return ranges
+def inner_ranges(model: onnx.ModelProto, names: Sequence[str], buckets: Sequence[Bucket], max_batch_size: int) -> dict[str, Range]:
+    """The profile of inner tensors: each side grows evenly with the batch."""
+    triples = []
+    for hw, size in corners(buckets, max_batch_size):
+        one, two = measure(model, names, hw, 1), measure(model, names, hw, 2)
+        triples.append([at_batch(first, second, size) for first, second in zip(one, two, strict=True)])
+    return dict(zip(names, zip(*triples, strict=True), strict=True))
+
+
+def fixed_ranges(model: onnx.ModelProto) -> dict[str, Range]:
+    """Of the inputs that have a default, which is all that they are ever given on TensorRT."""
+    inputs = {value.name for value in model.graph.input}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if tensor.name in inputs}
+    return {name: (shape, shape, shape) for name, shape in shapes.items()}
 
 
 def at_batch(one: Shape, two: Shape, batch_size: int) -> Shape:
@@ -113,6 +128,8 @@ def build(
     """
     model = onnx.load(path)
     manifest = parse_manifest({entry.key: entry.value for entry in model.metadata_props}, str(path))
+    if manifest.nms != "dense":
+        raise BuildError(f"{path}: how many boxes reach its head depends on the picture, and an engine needs known shapes; {DENSE_HINT}")
     folder = engine_folder(path, engine_key(path, device_id))
     buckets = tuple(manifest.input.buckets)
     there = load_plan(folder)
@@ -120,7 +137,7 @@ def build(
         console.print(f"already built for up to {there.max_batch_size} images: {folder}", highlight=False)
         return there
     folder.mkdir(parents=True, exist_ok=True)
-    plan = EnginePlan(folder, buckets, max_batch_size, input_ranges(buckets, max_batch_size), manifest.precision.default)
+    plan = EnginePlan(folder, buckets, max_batch_size, {**input_ranges(buckets, max_batch_size), **fixed_ranges(model)})
     session, plan = _open_in_rounds(path, model, plan, device_id, console, opener)
     for bucket in buckets:
         for size in sorted({1, max_batch_size}):
@@ -146,10 +163,10 @@ def _open_in_rounds(
             plan = replace(plan, ranges={**plan.ranges, **inner_ranges(model, names, plan.buckets, plan.max_batch_size)})
             continue
         if session.get_providers()[0] != PROVIDER_NAMES["tensorrt"]:
-            raise BuildError(missing_sentence("tensorrt", "its libraries did not load"))
+            raise BuildError(missing_sentence("tensorrt", "its libraries did not load", NO_OTHER))
         console.print(f"all parts are open after {time.perf_counter() - started:.0f} s in the last round")
         return session, plan
-    raise BuildError(f"TensorRT cuts the graph into more than {MOST_PARTS} parts; export it with `--nms dense`, or use the CUDA provider")
+    raise BuildError(f"TensorRT cuts the graph into more than {MOST_PARTS} parts; use the CUDA provider for this file")
 
 
 def _run_once(session: Any, bucket: Bucket, size: int, console: Console) -> None:
@@ -186,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: --max-batch must be at least 1", file=sys.stderr)
         return 1
     try:
-        provider_candidates("tensorrt")
+        provider_candidates("tensorrt", NO_OTHER)
         build(
             model_file(options.path),
             device_id=options.device,

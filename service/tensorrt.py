@@ -28,13 +28,14 @@ EXCLUDED_OPS = ("NonMaxSuppression", "NonZero", "RoiAlign")
 """Left to CUDA: sizes that depend on data split or rebuild an engine, and RoiAlign runs slower there."""
 ENGINE_FOLDER = "engines"
 PLAN_FILE = "plan.json"
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 NVINFER_NAMES = ("libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so")
 BUILD_HINT = "build them with `python -m export build-engines {path} --device {device}`, or set DETECTOR_PROVIDER=cuda"
 
 Shape = tuple[int, ...]
-Ranges = Mapping[str, Sequence[tuple[Shape, Shape, Shape]]]
-"""Tensor -> one (min, opt, max) a bucket: the optimisation profiles."""
+Range = tuple[Shape, Shape, Shape]
+Ranges = Mapping[str, Range]
+"""Tensor -> (min, opt, max): one optimisation profile, since ONNX Runtime's provider builds several but only ever runs the first."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,25 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What was built: the folder, the shapes, and the precisions that the graph asks for.
+    """What was built: the folder and the shapes.
 
     Attributes:
         folder: holds engines and timing cache.
-        ranges: profiles of the graph's inputs and of every tensor at which TensorRT's parts begin.
-        precision: the manifest's: fp32, fp16, bf16 or int8.
+        ranges: of the graph's inputs and of every tensor at which TensorRT's parts begin.
     """
 
     folder: Path
     buckets: tuple[Bucket, ...]
     max_batch_size: int
     ranges: Ranges
-    precision: str = "fp32"
 
     def provider_options(self, device_id: int) -> dict[str, str]:
-        """Options of ONNX Runtime's TensorRT provider; the same for building and serving, or the engines are not found."""
-        options = {
+        """Options of ONNX Runtime's TensorRT provider; the same for building and serving, or the engines are not found.
+
+        None asks for a precision: without one, TensorRT keeps every tensor in the type that the file gives it. `trt_fp16_enable` and its
+        like would let it compute in half precision what the exporter left in fp32 on purpose.
+        """
+        return {
             "device_id": str(device_id),
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(self.folder),
@@ -81,9 +84,6 @@ class EnginePlan:
             "trt_op_types_to_exclude": ",".join(EXCLUDED_OPS),
             **profile_options(self.ranges),
         }
-        if self.precision != "fp32":
-            options[f"trt_{self.precision}_enable"] = "1"
-        return options
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse a batch that no engine was built for: TensorRT would build one now.
@@ -107,7 +107,6 @@ class EnginePlan:
                 "buckets": self.buckets,
                 "max_batch_size": self.max_batch_size,
                 "ranges": self.ranges,
-                "precision": self.precision,
             }
         )
         partial = self.folder / f"{PLAN_FILE}.part"
@@ -121,33 +120,41 @@ def load_plan(folder: Path) -> EnginePlan | None:
         found = json.loads((folder / PLAN_FILE).read_text())
         if found["format"] != PLAN_FORMAT:
             return None
-        ranges = {name: [_triple(triple) for triple in triples] for name, triples in found["ranges"].items()}
+        ranges = {name: _triple(shapes) for name, shapes in found["ranges"].items()}
         buckets = tuple((int(height), int(width)) for height, width in found["buckets"])
-        return EnginePlan(folder, buckets, int(found["max_batch_size"]), ranges, str(found["precision"]))
+        return EnginePlan(folder, buckets, int(found["max_batch_size"]), ranges)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _triple(values: Sequence[Sequence[int]]) -> tuple[Shape, Shape, Shape]:
+def _triple(values: Sequence[Sequence[int]]) -> Range:
     low, usual, high = (tuple(int(side) for side in shape) for shape in values)
     return low, usual, high
 
 
-def input_ranges(buckets: Sequence[Bucket], max_batch_size: int) -> dict[str, list[tuple[Shape, Shape, Shape]]]:
-    """Profiles of the graph's inputs: one a bucket, with its fixed height and width, for 1 to `max_batch_size` images."""
-    sizes = (1, max(1, max_batch_size // 2), max_batch_size)
-    images = [tuple((size, height, width, 3) for size in sizes) for height, width in buckets]
-    sizes_hw = [tuple((size, 2) for size in sizes) for _ in buckets]
-    return {"images": [_triple(shapes) for shapes in images], "image_sizes_hw": [_triple(shapes) for shapes in sizes_hw]}
+def corners(buckets: Sequence[Bucket], max_batch_size: int) -> list[tuple[Bucket, int]]:
+    """(height and width, images) at which a profile is smallest, best and largest; every bucket and batch lies between the outer two.
+
+    Best is the largest bucket with half the images. The outer two need not be buckets: the least and the greatest of heights and of widths.
+    """
+    heights, widths = zip(*buckets, strict=True)
+    usual = max(buckets, key=lambda bucket: bucket[0] * bucket[1])
+    return [((min(heights), min(widths)), 1), (usual, max(1, max_batch_size // 2)), ((max(heights), max(widths)), max_batch_size)]
+
+
+def input_ranges(buckets: Sequence[Bucket], max_batch_size: int) -> dict[str, Range]:
+    """The profile of the graph's inputs, for every bucket and 1 to `max_batch_size` images."""
+    at = corners(buckets, max_batch_size)
+    return {"images": _triple([(size, *hw, 3) for hw, size in at]), "image_sizes_hw": _triple([(size, 2) for _, size in at])}
 
 
 def profile_options(ranges: Ranges) -> dict[str, str]:
-    """The three profile options, `name:1x320x448x3,...`; a name comes once a profile."""
+    """The three profile options, `name:1x320x448x3,...`."""
     if not ranges:
         return {}
     options = {}
     for place, option in enumerate(("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")):
-        options[option] = ",".join(f"{name}:{'x'.join(map(str, triple[place]))}" for name, triples in ranges.items() for triple in triples)
+        options[option] = ",".join(f"{name}:{'x'.join(map(str, shapes[place]))}" for name, shapes in ranges.items())
     return options
 
 

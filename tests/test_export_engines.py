@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -73,32 +74,49 @@ def test_shapes_grow_evenly_with_the_batch() -> None:
     assert at_batch((5,), (5,), 9) == (5,)
 
 
-def test_inner_tensors_are_measured_in_every_bucket(tmp_path: Path) -> None:
+def test_inner_tensors_are_measured_for_all_buckets_together(tmp_path: Path) -> None:
     model = onnx.load(write_model(tmp_path))
     ranges = inner_ranges(model, ["pixels", "colour"], [(96, 160), (160, 96)], 8)
     assert ranges == {
-        "pixels": [((1, 96, 160, 3), (4, 96, 160, 3), (8, 96, 160, 3)), ((1, 160, 96, 3), (4, 160, 96, 3), (8, 160, 96, 3))],
-        "colour": [((1, 3), (4, 3), (8, 3))] * 2,
+        "pixels": ((1, 96, 96, 3), (4, 96, 160, 3), (8, 160, 160, 3)),
+        "colour": ((1, 3), (4, 3), (8, 3)),
     }
     with pytest.raises(BuildError, match="ranges of nowhere, which the file does not have"):
         inner_ranges(model, ["nowhere"], [(96, 160)], 2)
 
 
+def test_an_input_with_a_default_has_the_shape_of_that_default(tmp_path: Path) -> None:
+    path = write_model(tmp_path, nms="dense")
+    model = onnx.load(path)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("nms_start", onnx.TensorProto.BOOL, ["start", 7]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((1, 7), bool), "nms_start"))
+    onnx.save(model, path)
+    plan = build(path, device_id=0, max_batch_size=4, console=console(), opener=StandIn(["nms_start"]))
+    assert plan.ranges["nms_start"] == ((1, 7),) * 3
+
+
+def test_a_file_whose_shapes_depend_on_the_picture_is_refused(tmp_path: Path) -> None:
+    stand_in = StandIn()
+    with pytest.raises(BuildError, match=r"depends on the picture.*`--nms dense`"):
+        build(write_model(tmp_path, nms="onnx"), device_id=0, max_batch_size=4, console=console(), opener=stand_in)
+    assert stand_in.plans == []
+
+
 def test_parts_are_asked_for_one_after_another_and_the_plan_comes_last(tmp_path: Path) -> None:
-    path, stand_in = write_model(tmp_path), StandIn(["images"], ["pixels"], ["colour", "sizes"])
+    path, stand_in = write_model(tmp_path, nms="dense"), StandIn(["images"], ["pixels"], ["colour", "sizes"])
     plan = build(path, device_id=0, max_batch_size=4, console=console(), opener=stand_in)
     assert [sorted(seen.ranges) for seen in stand_in.plans] == [
         ["image_sizes_hw", "images"],
         ["image_sizes_hw", "images", "pixels"],
         ["colour", "image_sizes_hw", "images", "pixels", "sizes"],
     ]
-    assert {len(triples) for triples in plan.ranges.values()} == {3}  # as many profiles for each tensor as buckets
+    assert {len(triple) for triple in plan.ranges.values()} == {3}  # one profile for all buckets
     assert stand_in.shapes == [(size, *bucket, 3) for bucket in plan.buckets for size in (1, 1, 4, 4)]
     assert require_engines(path, 0) == plan
 
 
 def test_what_is_there_is_not_built_again_unless_asked(tmp_path: Path) -> None:
-    path, stand_in = write_model(tmp_path), StandIn()
+    path, stand_in = write_model(tmp_path, nms="dense"), StandIn()
     build(path, device_id=0, max_batch_size=4, console=console(), opener=stand_in)
     build(path, device_id=0, max_batch_size=2, console=console(), opener=stand_in)
     assert len(stand_in.plans) == 1
@@ -108,7 +126,7 @@ def test_what_is_there_is_not_built_again_unless_asked(tmp_path: Path) -> None:
 
 
 def test_a_failed_build_leaves_no_plan(tmp_path: Path) -> None:
-    path = write_model(tmp_path)
+    path = write_model(tmp_path, nms="dense")
 
     def refuse(path: Path, plan: EnginePlan, device_id: int) -> object:
         raise RuntimeLoadError("cannot open") from RuntimeError("TensorRT EP could not build engine for fused node")
@@ -126,7 +144,7 @@ def test_asking_twice_for_the_same_ranges_ends(tmp_path: Path) -> None:
         raise RuntimeLoadError("cannot open") from RuntimeError(MESSAGE + "pixels")
 
     with pytest.raises(BuildError, match="refuses the graph"):
-        build(write_model(tmp_path), device_id=0, max_batch_size=2, console=console(), opener=ask)
+        build(write_model(tmp_path, nms="dense"), device_id=0, max_batch_size=2, console=console(), opener=ask)
 
 
 def test_a_provider_that_falls_back_is_no_success(tmp_path: Path) -> None:
@@ -134,7 +152,7 @@ def test_a_provider_that_falls_back_is_no_success(tmp_path: Path) -> None:
         return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
     with pytest.raises(BuildError, match="its libraries did not load"):
-        build(write_model(tmp_path), device_id=0, max_batch_size=2, console=console(), opener=fall_back)
+        build(write_model(tmp_path, nms="dense"), device_id=0, max_batch_size=2, console=console(), opener=fall_back)
 
 
 def test_the_command_says_in_a_sentence_what_is_missing_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,18 +32,20 @@ KEY = EngineKey("NVIDIA H100 80GB HBM3", "580.65.06", "10.13.3", "1.31.1", "ab" 
 
 
 def make_plan(folder: Path, **changes) -> EnginePlan:
-    plan = EnginePlan(folder, BUCKETS, 8, input_ranges(BUCKETS, 8), "fp16")
+    plan = EnginePlan(folder, BUCKETS, 8, input_ranges(BUCKETS, 8))
     return replace(plan, **changes)
 
 
-def test_each_bucket_is_a_profile_with_a_batch_that_varies():
+def test_one_profile_holds_every_bucket_and_batch():
     assert profile_options(input_ranges(BUCKETS, 8)) == {
-        "trt_profile_min_shapes": "images:1x320x448x3,images:1x448x320x3,image_sizes_hw:1x2,image_sizes_hw:1x2",
-        "trt_profile_opt_shapes": "images:4x320x448x3,images:4x448x320x3,image_sizes_hw:4x2,image_sizes_hw:4x2",
-        "trt_profile_max_shapes": "images:8x320x448x3,images:8x448x320x3,image_sizes_hw:8x2,image_sizes_hw:8x2",
+        "trt_profile_min_shapes": "images:1x320x320x3,image_sizes_hw:1x2",
+        "trt_profile_opt_shapes": "images:4x320x448x3,image_sizes_hw:4x2",
+        "trt_profile_max_shapes": "images:8x448x448x3,image_sizes_hw:8x2",
     }
     assert profile_options({}) == {}
     assert profile_options(input_ranges(BUCKETS[:1], 1))["trt_profile_opt_shapes"] == "images:1x320x448x3,image_sizes_hw:1x2"
+    low, usual, high = input_ranges(((320, 448), (448, 320), (384, 384)), 3)["images"]
+    assert (low, usual, high) == ((1, 320, 320, 3), (1, 384, 384, 3), (3, 448, 448, 3))
 
 
 def test_the_folder_changes_with_everything_that_an_engine_depends_on():
@@ -53,13 +55,13 @@ def test_the_folder_changes_with_everything_that_an_engine_depends_on():
     assert KEY.folder_name.startswith("nvidia-h100-80gb-hbm3-trt-10-13-3-")
 
 
-def test_options_name_the_folder_the_profiles_the_precision_and_what_stays_on_cuda(tmp_path):
+def test_options_name_the_folder_the_profile_and_what_stays_on_cuda(tmp_path):
     options = make_plan(tmp_path).provider_options(2)
     assert options.items() >= profile_options(input_ranges(BUCKETS, 8)).items()
     assert options["trt_op_types_to_exclude"] == "NonMaxSuppression,NonZero,RoiAlign"
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
-    assert (options["device_id"], options["trt_engine_cache_enable"], options["trt_fp16_enable"]) == ("2", "1", "1")
-    assert not any(name in make_plan(tmp_path, precision="fp32").provider_options(0) for name in ("trt_fp16_enable", "trt_fp32_enable"))
+    assert (options["device_id"], options["trt_engine_cache_enable"]) == ("2", "1")
+    assert not any(name in options for name in ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable")), "types are the file's"
     stack = provider_stack("tensorrt", device_id=2, tensorrt=options)
     assert [entry if isinstance(entry, str) else entry[0] for entry in stack] == [
         "TensorrtExecutionProvider",
@@ -70,7 +72,7 @@ def test_options_name_the_folder_the_profiles_the_precision_and_what_stays_on_cu
 
 
 def test_a_plan_comes_back_as_it_was_saved(tmp_path):
-    plan = make_plan(tmp_path, ranges={**input_ranges(BUCKETS, 8), "/fpn/p2": [((1, 2), (4, 2), (8, 2))] * 2})
+    plan = make_plan(tmp_path, ranges={**input_ranges(BUCKETS, 8), "/fpn/p2": ((1, 2), (4, 2), (8, 2))})
     assert load_plan(tmp_path) is None
     plan.save()
     assert load_plan(tmp_path) == plan
