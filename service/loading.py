@@ -24,7 +24,7 @@ VERSION = re.compile(r"[1-9][0-9]{0,17}")
 logger = logging.getLogger(__name__)
 
 OpenRuntime = Callable[[Path, int, int], Runtime]
-"""(model file, device number, largest batch) -> a runtime on that device."""
+"""(model file, device number, largest batch) -> a runtime on that device, which fills batches up (`full_size`) unless it is a CPU."""
 
 
 class NoModel(RuntimeError):
@@ -154,7 +154,7 @@ class Loader:
                     continue
                 runtime = runtimes[index] = self._open_runtime(path, device, self._max_batch_size)
                 place = place_of(index) if isinstance(runtime, OnnxRuntime) and runtime.graphs else here
-                costs = _slower(costs, warm_up(runtime, self._max_batch_size, place))
+                costs = _slower(costs, warm_up(runtime, self._max_batch_size, place, fills_up=runtime.provider != "cpu"))
                 place(partial(check_golden, runtime))
                 if isinstance(runtime, OnnxRuntime):
                     runtime.trim()

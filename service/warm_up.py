@@ -33,26 +33,31 @@ LONGEST_RUN_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-def warm_up(runtime: Runtime, max_batch_size: int, place: Place = here) -> CostTable:
-    """Seconds of a batch for every bucket. `place` is where it runs, shape by shape, so that others get a turn between.
+def warm_up(runtime: Runtime, max_batch_size: int, place: Place = here, *, fills_up: bool = False) -> CostTable:
+    """Seconds of a batch for every bucket.
 
     A GPU searches algorithms, allocates and records at the first run of a shape, so there every shape that may come is run now: each
-    bucket with 1, 2, 4, ... images and `max_batch_size`. A runtime that was told its largest batch fills the batches between up to the
-    next of these, and the table charges them that. A CPU treats a new shape like an old one: there only the smallest and the largest
-    bucket are run, and the rest is reckoned from their areas. That is a second of a start instead of many; the scheduler's estimates
-    follow the real times from the first batch on.
+    bucket with 1, 2, 4, ... images and `max_batch_size`. A CPU treats a new shape like an old one: there only the smallest and the
+    largest bucket are run, and the rest is reckoned from their areas. That is a second of a start instead of many; the scheduler's
+    estimates follow the real times from the first batch on.
+
+    Args:
+        max_batch_size: no batch is ever larger.
+        place: where it runs, shape by shape, so that others get a turn between.
+        fills_up: the runtime was told `max_batch_size` and fills batches between these sizes up to the next: the table charges them that.
 
     Raises:
         RuntimeLoadError: not even one picture fits into the device's memory. Where several do not, the table ends before them.
     """
     trial = _Trial(runtime, max_batch_size, place)
     try:
-        return trial.reckon() if runtime.provider == "cpu" else trial.measure()
+        table = trial.reckon() if runtime.provider == "cpu" else trial.measure()
     except DeviceOutOfMemory as error:
         raise RuntimeLoadError(
             f"model {runtime.manifest.name}: one picture does not fit into the device's memory ({error}); "
             "raise DETECTOR_GPU_MEMORY_LIMIT_BYTES if it is set, or make room on the device"
         ) from error
+    return _charge_as_filled(table, max_batch_size) if fills_up else table
 
 
 class _Trial:
@@ -66,13 +71,8 @@ class _Trial:
         self._picture = telling_picture(runtime.manifest)
 
     def measure(self) -> CostTable:
-        """Every bucket; sizes between two that were run cost what the larger one does."""
-        table: CostTable = {}
-        for bucket in self._buckets:
-            times = dict(self._batch_times(bucket))
-            for size in range(1, max(times) + 1):
-                table[bucket, size] = times[full_size(size, self._max_batch_size)]
-        return table
+        """Every bucket by itself."""
+        return {(bucket, size): seconds for bucket in self._buckets for size, seconds in self._batch_times(bucket)}
 
     def reckon(self) -> CostTable:
         """Batches from the smallest bucket; the others by their area, on the line through the smallest's and the largest's one image."""
@@ -136,6 +136,14 @@ def telling_picture(manifest: Manifest) -> NDArray[np.uint8]:
     if manifest.golden:
         return prepare(base64.b64decode(manifest.golden[0].image), manifest.input, GOLDEN_LIMITS).pixels
     return np.random.default_rng(0).integers(0, 256, (*manifest.input.buckets[0], 3), np.uint8)
+
+
+def _charge_as_filled(table: CostTable, max_batch_size: int) -> CostTable:
+    """A table of every size up to a bucket's largest: a size that was not run costs what it is filled up to."""
+    filled = (
+        (bucket, size, full_size(size, max_batch_size)) for bucket in {known for known, _ in table} for size in range(1, max_batch_size + 1)
+    )
+    return {(bucket, size): table[bucket, full] for bucket, size, full in filled if (bucket, full) in table}
 
 
 def _area(bucket: Bucket) -> int:
