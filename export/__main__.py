@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
-
 from export import compare, engines, inspect
 from export.accuracy import GateFailed
 from export.calibration import PICTURE_TYPES, calibration_files, picture_files, read_picture
 from export.card import CardFacts
-from export.console import wide_console
+from export.console import Parser, error_console, wide_console
 from export.graph import DEFAULT_OPSET, OPSETS, ExportError, GraphOptions
 from export.job import Job, export
 from export.pictures import Picture
@@ -28,8 +26,17 @@ from model.data.formats import READERS, open_dataset
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet
 from model.overrides import add_detector_settings
+from service.errors import DetectorError
 from service.manifest import ManifestError
 from service.runtime import RuntimeLoadError
+
+COMMANDS = """commands (each has its own --help):
+  python -m export CHECKPOINT --name NAME ...      this one: export, prove, publish
+  python -m export inspect FILE                    what is in a version: classes, cost, memory, parity, provenance
+  python -m export compare A B DATA                two versions side by side before a roll-out
+  python -m export build-engines FILE              TensorRT engines, offline
+  python -m export.evaluate FILE_OR_URL --data PATH   AP, errors and speed of a version or of a running service
+  python -m export.audit FILE                      where every node runs, and which copies there are"""
 
 EXAMPLES = """examples:
   python -m export runs/cells/best.pt --name blood-cells --repository model_repository
@@ -46,15 +53,30 @@ EXAMPLES = """examples:
 
 The version folder holds model.onnx (manifest and golden images inside), README.md (model card), parity.md (verification report) and
 config.pbtxt (for Triton). It appears in one step after every gate has held; versions are numbered and never overwritten.
-Exit status: 0 published, 1 an error, 2 a gate failed, 130 interrupted; in all but the first case nothing is left behind.
+Exit status: 0 published, 1 an error, 2 a gate failed, 64 a mistake on the command line, 130 interrupted; in all but the first case
+nothing is left behind.
 """
-KNOWN = (ExportError, CheckpointError, VersionExistsError, DataError, ImageError, ManifestError, RuntimeLoadError, OSError, ValueError)
+KNOWN = (
+    ExportError,
+    CheckpointError,
+    VersionExistsError,
+    DataError,
+    ImageError,
+    DetectorError,
+    ManifestError,
+    RuntimeLoadError,
+    OSError,
+    ValueError,
+)
 """What ends with one sentence instead of a traceback."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m export", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m export",
+        description=f"{__doc__}\n\n{COMMANDS}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="best.pt or last.pt of a training run, or torchvision:NAME for torchvision's COCO weights")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="with torchvision:NAME: its state dict, instead of fetching it")
@@ -85,6 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibrate-pictures", type=_positive, default=64, metavar="N", help="this many, evenly spread over what is there (default: 64)"
     )
     proof = parser.add_argument_group("proof")
+    proof.add_argument(
+        "--provider",
+        choices=("cpu", "cuda"),
+        help="where the file is verified and AP measured; fp16 that GPUs will serve is best verified on one (default: cpu; bf16: cuda)",
+    )
     proof.add_argument("--pictures", type=Path, metavar="FOLDER", help="also verify on the pictures in this folder")
     proof.add_argument(
         "--data", type=Path, metavar="PATH", help="data set: AP of the file is held against the network's and goes into the card"
@@ -116,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] == "build-engines":
         return engines.main(given[1:])
     options = build_parser().parse_args(given)
-    console, errors = wide_console(), Console(stderr=True, soft_wrap=True)
+    console, errors = wide_console(), error_console()
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         with checkpoint_file(options.checkpoint, options.weights) as options.checkpoint:
@@ -159,6 +186,7 @@ def _job(options: argparse.Namespace, command: str) -> Job:
         pictures=_pictures(options.pictures) if options.pictures else (),
         dataset=_dataset(options, names) if options.data else None,
         calibration=_calibration(options, names) if options.calibrate else (),
+        verify_on=options.provider,
         allow_unmeasured=options.allow_unmeasured,
         command=command,
         training_command=options.training_command,

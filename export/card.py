@@ -103,8 +103,15 @@ def _parity(parity: Mapping[str, Any]) -> str:
     return (
         f"{parity['matched']} of {parity['detections']} detections in {parity['pictures']} pictures matched {parity['reference']}; "
         f"largest difference {parity['max_box_px']:.1e} px and {parity['max_score']:.1e} in score; "
-        f"{parity['missed']} missed, {parity['extra']} extra (parity.md has every case)."
+        f"{parity['missed']} missed, {parity['extra']} extra{_fullest(parity)} (parity.md has every case)."
     )
+
+
+def _fullest(parity: Mapping[str, Any]) -> str:
+    if "fullest_picture" not in parity:
+        return ""  # of an older export
+    floor = ", seen without the score floor" if parity["without_floor"] else ""
+    return f"; up to {parity['fullest_picture']} in one picture{floor}; on {parity['provider']}"
 
 
 def _number(value: float | None) -> str:

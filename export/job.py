@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,10 +13,11 @@ import onnx
 from rich.console import Console
 from rich.progress import Progress
 
-from export.accuracy import GateFailed, compare_accuracy, unmeasured
+from export.accuracy import GateFailed, compare_accuracy, countable_boxes, unmeasured
 from export.calibration import calibrate, read_pictures
 from export.card import CardFacts, model_card
 from export.certificate import state_width
+from export.crowd import with_a_full_answer
 from export.golden import golden_images
 from export.graph import ExportError, GraphOptions, build_graph, graph_problems, save
 from export.pictures import Picture
@@ -29,7 +31,7 @@ from model.checkpoint import Checkpoint, load_checkpoint, restore_detector
 from model.config import DetectorConfig
 from model.data.records import DetectionSet
 from model.faster_rcnn import FasterRCNN
-from service.manifest import GoldenImage, InputSpec, Manifest, Training
+from service.manifest import NAME_PATTERN, GoldenImage, InputSpec, Manifest, Training
 from service.runtime import OnnxRuntime, provider_candidates
 
 
@@ -45,6 +47,7 @@ class Job:
         gates: of the comparison with eager PyTorch; None takes those of the precision.
         dataset: measures AP of both sides on it, and holds them against each other; below fp32 it decides.
         calibration: files of pictures for int8.
+        verify_on: execution provider that the file is verified on; None takes the CPU, which runs every precision but bf16.
         allow_unmeasured: publish a precision below fp32 without a data set; the manifest says so.
         command: as the user typed it.
         training_command: stands for the checkpoint's own, where given.
@@ -61,6 +64,7 @@ class Job:
     pictures: Sequence[Picture] = ()
     dataset: DetectionSet | None = None
     calibration: Sequence[Path] = ()
+    verify_on: str | None = None
     allow_unmeasured: bool = False
     command: str = "python -m export"
     training_command: str = ""
@@ -68,8 +72,8 @@ class Job:
 
     @property
     def provider(self) -> str:
-        """Where the file is verified: the CPU runs every precision but bf16."""
-        return "cuda" if self.graph.precision == "bf16" else "cpu"
+        """Where the file is verified."""
+        return self.verify_on or ("cuda" if self.graph.precision == "bf16" else "cpu")
 
 
 def export(job: Job, console: Console) -> Path:
@@ -99,7 +103,7 @@ def export(job: Job, console: Console) -> Path:
             model = to_int8(model, job, manifest.input, console)
         save(model, manifest, path)
         console.print(f"graph: {len(model.graph.node)} nodes, {path.stat().st_size / 1e6:.1f} MB")
-        report, parity, metrics, golden = prove(job, detector, path, checkpoint.training.get("metrics") or {}, console)
+        report, parity, metrics, golden = prove(job, detector, path, manifest, checkpoint.training.get("metrics") or {}, console)
         metrics_for_manifest = {"metrics": flat(metrics)}
         training = manifest.training.model_copy(update=metrics_for_manifest)
         manifest = manifest.model_copy(update={"parity": parity, "golden": golden, "training": training})
@@ -119,6 +123,15 @@ def check_request(job: Job) -> None:
         ExportError, ProviderMissing: with what is missing.
     """
     kind = job.graph.precision
+    if re.fullmatch(NAME_PATTERN, job.name) is None:
+        raise ExportError(
+            f"{job.name!r} can be no model's name: lower case letters, digits, '.', '_' and '-' are allowed, a letter or digit comes first"
+        )
+    provider_candidates(job.provider)
+    if kind == "bf16" and job.provider == "cpu":
+        raise ExportError("ONNX Runtime's CPU provider has no kernels for bf16: verify it with --provider cuda, on a machine with a GPU")
+    if job.dataset is not None and not countable_boxes(job.dataset):
+        raise ExportError(f"{job.dataset.name} has no box that counts, so that it can show no AP: choose another --data or --split")
     if kind == "fp32":
         return
     if kind == "int8" and not job.calibration:
@@ -128,7 +141,6 @@ def check_request(job: Job) -> None:
             f"{kind} may cost at most {100 * MAX_AP_DROP[kind]:g} points of AP, which only a data set can show: give --data PATH "
             "(and --split), or publish it unproven with --allow-unmeasured"
         )
-    provider_candidates(job.provider)
 
 
 def to_int8(model: onnx.ModelProto, job: Job, spec: InputSpec, console: Console) -> onnx.ModelProto:
@@ -175,7 +187,7 @@ def input_spec(config: DetectorConfig) -> InputSpec:
 
 
 def prove(
-    job: Job, detector: FasterRCNN, path: Path, known_metrics: dict[str, Any], console: Console
+    job: Job, detector: FasterRCNN, path: Path, manifest: Manifest, known_metrics: dict[str, Any], console: Console
 ) -> tuple[Report, dict[str, Any], dict[str, Any], list[GoldenImage]]:
     """Verification report, what the manifest keeps of it, metrics for the card, golden images.
 
@@ -186,9 +198,12 @@ def prove(
     gates = job.gates or (Gates() if kind == "fp32" else FREE)
     runtime = OnnxRuntime(path, provider=job.provider)
     try:
-        console.print("comparing with eager PyTorch, case by case")
+        console.print(f"comparing with eager PyTorch, case by case, on {runtime.provider}")
         with console.status("") as status:  # on a terminal alone
             report = verify(detector, runtime, gates=gates, extra_pictures=job.pictures, progress=status.update)
+            report = with_a_full_answer(
+                report, detector, path, manifest, provider=job.provider, extra_pictures=job.pictures, progress=status.update
+            )
         console.print(table(report))
         if report.failures:
             raise GateFailed("\n".join(report.failures))

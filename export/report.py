@@ -36,7 +36,8 @@ def markdown(report: Report, accuracy: Mapping[str, Any] | None = None) -> str:
     lines = [
         f"# Verification against {report.reference}",
         "",
-        "Both sides got the same pixels, through the service's own preprocessing and runtime. None of these shapes was traced.",
+        f"Both sides got the same pixels, through the service's own preprocessing and runtime ({report.provider}). "
+        "None of these shapes was traced.",
         f"G{_gates_in_words(report.gates)[1:]}. " + ("All hold." if not report.failures else "Broken: " + "; ".join(report.failures) + "."),
         "",
         "| " + " | ".join(COLUMNS) + " |",
@@ -48,6 +49,12 @@ def markdown(report: Report, accuracy: Mapping[str, Any] | None = None) -> str:
         "",
         "Undecided: detections that rounding alone decides, as eager PyTorch shows that computes in fp64, or rounds otherwise.",
     ]
+    if report.without_floor:
+        lines += [
+            "",
+            f"No score floor: the file finds fewer than {report.full_answer} objects in any of these pictures, so a copy of it without its "
+            "score floor was compared as well, in which every detection needs a partner.",
+        ]
     if accuracy is not None:
         lines += ["", "## Accuracy on real pictures", "", accuracy_in_words(accuracy), *_accuracy_table(accuracy)]
     return "\n".join(lines) + "\n"
@@ -60,12 +67,15 @@ def accuracy_in_words(accuracy: Mapping[str, Any] | None) -> str:
     if not accuracy.get("checked", True):
         return f"Not checked: {accuracy['reason']}"
     ap = accuracy["ap"]
-    sentence = (
-        f"AP {ap['file']:.4f}, of the network in fp32 {ap['network']:.4f}, on {accuracy['dataset']} ({accuracy['pictures']} pictures)"
-    )
+    sentence = f"AP {ap['file']:.4f}, of the network in fp32 {ap['network']:.4f}, on {accuracy['dataset']} ({_counted(accuracy)})"
     if "max_ap_drop" in accuracy:
         sentence += f": drop {100 * accuracy['ap_drop']:.2f} points, allowed {100 * accuracy['max_ap_drop']:g}"
     return sentence + "."
+
+
+def _counted(accuracy: Mapping[str, Any]) -> str:
+    boxes = f", {accuracy['boxes']} boxes" if "boxes" in accuracy else ""  # older files do not say it
+    return f"{accuracy['pictures']} pictures{boxes}"
 
 
 def _accuracy_table(accuracy: Mapping[str, Any]) -> list[str]:
@@ -80,7 +90,7 @@ def _accuracy_table(accuracy: Mapping[str, Any]) -> list[str]:
 
 def _gates_in_words(gates: Gates) -> str:
     if gates == FREE:
-        return "gates: the contract in every case; distances are shown, AP on real pictures is gated"
+        return "gates: the contract in every case, and a batch against singles; other distances are shown, AP on real pictures is gated"
     return f"gates: boxes {gates.box_px:g} px, scores {gates.score:g}, no unmatched box above score {gates.unmatched_score:g}"
 
 

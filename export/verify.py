@@ -25,6 +25,8 @@ from service.images import Prepared, assemble, prepare_pixels
 from service.manifest import Bucket, InputSpec, Manifest
 from service.runtime import Detections, Runtime
 
+FULL_ANSWER = 100
+"""Detections in one picture that the proof must have seen; D of a network that never gives as many."""
 BATCH_SIZES = (1, 2, 3, 7)  # the graph is traced with another batch size than most of these, on a shape that is no bucket
 
 
@@ -36,16 +38,22 @@ class Gates:
         box_px, score: over detections that both sides give.
         unmatched_score: a detection of one side alone must lie below; the graph's own floor is 0.05.
         undecided_share: of detections that rounding alone decides, and that are therefore not compared.
+        matched_share: of the reference's detections that must have a partner.
+        full_share: of a full answer that must agree in some picture: what shows nothing proves nothing.
     """
 
     box_px: float | None = 1e-3
     score: float | None = 1e-4
     unmatched_score: float | None = 0.06
     undecided_share: float | None = 0.02
+    matched_share: float | None = None
+    full_share: float = 0.9
 
 
-FREE = Gates(None, None, None, None)
+FREE = Gates(None, None, None, None, full_share=0.5)
 """Of a reduced precision: every answer must keep the contract, its distance is reported, and AP on real pictures decides."""
+BATCH_ALONE = Gates(2.0, 0.05, None, None, matched_share=0.95)
+"""Of a reduced precision against itself, in a batch and alone: a device may round otherwise there, so a few close calls may flip."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,12 @@ class Report:
     gates: Gates
     rows: tuple[CaseResult, ...]
     reference: str = field(default_factory=lambda: f"PyTorch {torch.__version__}, eager, greedy NMS")
+    provider: str = "cpu"
+    """Where the file ran."""
+    full_answer: int = FULL_ANSWER
+    """Detections of a full answer of this network."""
+    without_floor: bool = False
+    """Whether the fullest picture was seen through a copy of the file that has no score floor."""
 
     @property
     def total(self) -> Tally:
@@ -86,11 +100,36 @@ class Report:
     @property
     def failures(self) -> list[str]:
         """One sentence for every broken gate; empty if the export may be published."""
+        return self.differences if self.is_seen else [*self.differences, self._unseen()]
+
+    @property
+    def differences(self) -> list[str]:
+        """The same of what was seen."""
         sentences = [sentence for row in self.rows for sentence in _broken(row, self.gates)]
-        detections, share = sum(row.detections for row in self.rows), self.gates.undecided_share
-        if share is not None and self.total.undecided > share * detections:
-            sentences.append(f"rounding decides {self.total.undecided} of {detections} detections, allowed {share:.0%}")
+        own = [row for row in self.rows if row.gates is None]
+        detections, undecided = sum(row.detections for row in own), sum(row.tally.undecided for row in own)
+        share = self.gates.undecided_share
+        if share is not None and undecided > share * detections:
+            sentences.append(f"rounding decides {undecided} of {detections} detections, allowed {share:.0%}")
         return sentences
+
+    @property
+    def fullest(self) -> int:
+        """Detections on which both sides agree in the picture with most of them."""
+        return max((row.tally.matched - row.tally.undecided for row in self.rows if row.batch_size == 1), default=0)
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether some picture shows as many detections as the proof needs."""
+        return self.fullest >= self.gates.full_share * self.full_answer
+
+    def _unseen(self) -> str:
+        floor = ", even without the score floor" if self.without_floor else ""
+        return (
+            f"too little was seen: at most {self.fullest} detections in one picture on which both sides agree{floor}, and the proof needs "
+            f"{math.ceil(self.gates.full_share * self.full_answer)}; train the network, or verify on pictures that it finds objects in: "
+            "--pictures FOLDER"
+        )
 
     @property
     def failed_rows(self) -> list[CaseResult]:
@@ -103,6 +142,7 @@ class Report:
         return {
             "passed": not self.failures,
             "reference": self.reference,
+            "provider": self.provider,
             "cases": len(self.rows),
             "pictures": sum(row.batch_size for row in self.rows),
             "detections": sum(row.detections for row in self.rows),
@@ -112,6 +152,8 @@ class Report:
             "top_unmatched_score": total.top_unmatched,
             "ties_at_cut": total.at_cut,
             "undecided": total.undecided,
+            "fullest_picture": self.fullest,
+            "without_floor": self.without_floor,
             "max_box_px": total.worst_box_px,
             "max_score": total.worst_score,
             "gates": asdict(self.gates),
@@ -139,21 +181,21 @@ def verify(
     convicted = False  # one difference that rounding does not explain is enough: no more shaking after it
     for case in cases(manifest.input, extra_pictures):
         progress(f"{case.name}, batch of {len(case.batch)}")
-        rows.append(_against_eager(detector, runtime, case, gates, shake=not convicted))
+        rows.append(against_eager(detector, runtime, case, gates, shake=not convicted))
         convicted = convicted or _is_broken(rows[-1], gates)
     mixed = mixed_batch(manifest.input, max(BATCH_SIZES))
     progress("padding content")
     rows.append(_padding_content(runtime, mixed))
     progress("batch against singles")
-    rows.append(_batch_against_singles(runtime, mixed))
-    return Report(gates, tuple(rows))
+    rows.append(batch_against_singles(runtime, mixed, gates))
+    return Report(gates, tuple(rows), provider=runtime.provider, full_answer=min(FULL_ANSWER, manifest.detections_per_image))
 
 
 def cases(spec: InputSpec, extra_pictures: Sequence[Picture] = ()) -> Iterator[Case]:
     """Batches 1, 2, 3, 7 of mixed pictures; awkward pictures; every bucket, one after another; given pictures."""
     for size in BATCH_SIZES:
         yield Case("mixed pictures", mixed_batch(spec, size))
-    hw = (spec.short_side, min(spec.long_side, spec.short_side * 4 // 3))
+    hw = usual_hw(spec)
     awkward = {
         "black": pictures.blank(hw, 0),
         "white": pictures.blank(hw, 255),
@@ -173,6 +215,11 @@ def cases(spec: InputSpec, extra_pictures: Sequence[Picture] = ()) -> Iterator[C
         yield Case("full bucket", (in_bucket(pictures.street(bucket, seed=40 + index), bucket),))
     for index, picture in enumerate(extra_pictures, start=1):
         yield Case(f"given picture {index}", (prepare_pixels(picture, spec),))
+
+
+def usual_hw(spec: InputSpec) -> tuple[int, int]:
+    """Of the drawn pictures: landscape, as large as the input takes it."""
+    return spec.short_side, min(spec.long_side, spec.short_side * 4 // 3)
 
 
 def mixed_batch(spec: InputSpec, size: int) -> tuple[Prepared, ...]:
@@ -229,7 +276,8 @@ def contract_problems(detections: Detections, sizes_hw: NDArray[np.int64], manif
     return [sentence for sentence, holds in rules.items() if not holds]
 
 
-def _against_eager(detector: FasterRCNN, runtime: Runtime, case: Case, gates: Gates, *, shake: bool) -> CaseResult:
+def against_eager(detector: FasterRCNN, runtime: Runtime, case: Case, gates: Gates, *, shake: bool) -> CaseResult:
+    """One row; with `shake`, rivals of the network judge what breaks a gate."""
     images, sizes_hw = assemble(case.batch)
     reference = eager(detector, images, sizes_hw)
     row = _row(case.name, images, sizes_hw, reference, runtime)
@@ -263,9 +311,11 @@ def _padding_content(runtime: Runtime, batch: Sequence[Prepared]) -> CaseResult:
     return replace(row, gates=Gates())  # the file against itself on one shape: no precision excuses a difference
 
 
-def _batch_against_singles(runtime: Runtime, batch: Sequence[Prepared]) -> CaseResult:
+def batch_against_singles(runtime: Runtime, batch: Sequence[Prepared], gates: Gates) -> CaseResult:
+    """One row: the file against itself, in a batch and a picture at a time."""
     images, sizes_hw = assemble(batch)
-    return _row("batch against singles", images, sizes_hw, one_by_one(runtime.run, images, sizes_hw), runtime)
+    row = _row("batch against singles", images, sizes_hw, one_by_one(runtime.run, images, sizes_hw), runtime)
+    return replace(row, gates=BATCH_ALONE) if gates == FREE else row
 
 
 def _row(name: str, images: Picture, sizes_hw: NDArray[np.int64], reference: Detections, runtime: Runtime) -> CaseResult:
@@ -292,5 +342,8 @@ def _broken(row: CaseResult, gates_of_all: Gates) -> Iterator[str]:
         yield f"{where}: a box moved by {tally.worst_box_px:.2g} px, allowed {gates.box_px:g}"
     if gates.score is not None and tally.worst_score > gates.score:
         yield f"{where}: a score moved by {tally.worst_score:.2g}, allowed {gates.score:g}"
+    paired = tally.matched + tally.missed
+    if gates.matched_share is not None and tally.matched < gates.matched_share * paired:
+        yield f"{where}: {tally.missed} of {paired} detections have no partner, allowed {1 - gates.matched_share:.0%}"
     if gates.unmatched_score is not None and tally.top_unmatched > gates.unmatched_score:
         yield f"{where}: a box with score {tally.top_unmatched:.3f} has no partner, allowed up to {gates.unmatched_score:g}"

@@ -90,7 +90,12 @@ def load_checkpoint(path: Path, settings: Sequence[str] = ()) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}; a training run writes best.pt and last.pt into its folder")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: training writes tensors and plain values, and a file with anything else in it, "
+            "which could run code, is not read"
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or not {"format", "detector", "config", "training"} <= content.keys():
         raise CheckpointError(f"{path} holds no detector of this project; expected the keys format, detector, config, training")

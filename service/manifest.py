@@ -14,6 +14,9 @@ METADATA_KEY = "manifest"
 SCHEMA_VERSION: Final = 1
 REPAIR = "export the checkpoint again with `python -m export CHECKPOINT`"
 
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+"""Of a model's name: lower case letters, digits, '.', '_' and '-', a letter or digit first, at most 63."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Bucket = tuple[int, int]
 """(height, width) of a padded input, both multiples of the stride."""
@@ -92,7 +95,7 @@ class Manifest(_Strict):
     """What one `model.onnx` says of itself."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     version: Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
     class_names: Annotated[list[str], Field(min_length=1)]
     """Without background: label k of the graph is class_names[k - 1]."""

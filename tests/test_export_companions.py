@@ -18,7 +18,7 @@ from export.certificate import state_width
 from export.graph import GraphOptions, build_graph
 from export.report import markdown, table
 from export.triton import continue_config, triton_config
-from export.verify import CaseResult, Gates, Report
+from export.verify import FREE, CaseResult, Gates, Report
 from service.manifest import Manifest
 from service.providers import provider_stack
 from service.runtime import OnnxRuntime
@@ -122,7 +122,8 @@ def test_card_without_metrics_says_how_to_measure(manifest: Manifest) -> None:
 
 
 def report(tally: Tally, problems: tuple[str, ...] = ()) -> Report:
-    return Report(Gates(), (CaseResult("black", (128, 160), 1, 5, tally, problems),), reference="eager")
+    full = CaseResult("full", (128, 160), 1, 100, Tally(matched=100), gates=Gates())
+    return Report(Gates(), (CaseResult("black", (128, 160), 1, 5, tally, problems), full), reference="eager")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,24 @@ def test_small_differences_pass() -> None:
     assert good.failures == []
     assert "All hold." in markdown(good)
     assert replace(good, gates=Gates(box_px=1e-4)).failures
+
+
+def test_what_shows_nothing_proves_nothing() -> None:
+    for gates in (Gates(), FREE):
+        unseen = Report(gates, (CaseResult("black", (128, 160), 1, 0, Tally()),), reference="eager")
+        (sentence,) = unseen.failures
+        assert "at most 0 detections in one picture" in sentence
+        assert "--pictures FOLDER" in sentence
+        assert unseen.summary()["passed"] is False
+        assert sentence in markdown(unseen)
+    batches = Report(Gates(), (CaseResult("batch", (128, 160), 7, 100, Tally(matched=100)),))
+    assert batches.failures  # seven pictures with 14 each are no full answer
+    small = Report(Gates(), (CaseResult("few", (128, 160), 1, 20, Tally(matched=20)),), full_answer=20)
+    assert small.failures == []  # of a network that never gives more
+
+
+def test_the_card_says_how_much_was_seen(manifest: Manifest) -> None:
+    assert f"up to {manifest.parity['fullest_picture']} in one picture; on cpu" in model_card(manifest, CardFacts(), {}, "x", 1)
 
 
 def test_table_has_a_row_a_case() -> None:

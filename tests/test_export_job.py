@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from PIL import Image
@@ -20,13 +21,15 @@ from rich.console import Console
 from tiny_detector import BUCKETS, CLASS_NAMES, Exported, save_tiny
 
 from export.__main__ import main
-from export.graph import ExportError
-from export.job import GateFailed, Job, export, flat
+from export.graph import ExportError, GraphOptions
+from export.job import GateFailed, Job, check_request, export, flat
+from export.precision import Kind
 from export.version import VersionExistsError
 from model.checkpoint import Checkpoint, load_checkpoint
+from model.data.records import DetectionSet, Record
 from model.faster_rcnn import FasterRCNN
 from service.manifest import parse_manifest
-from service.runtime import OnnxRuntime
+from service.runtime import OnnxRuntime, RuntimeLoadError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +61,8 @@ def test_manifest_says_what_the_checkpoint_says(exported: Exported) -> None:
     assert manifest.parity["passed"] is True
     assert manifest.parity["max_box_px"] <= 1e-3
     assert manifest.parity["detections"] > 1000
+    assert (manifest.parity["fullest_picture"], manifest.parity["without_floor"]) == (100, False)
+    assert manifest.parity["provider"] == "cpu"
     assert len(manifest.golden) == 2
 
 
@@ -161,10 +166,56 @@ def test_a_threshold_may_be_chosen_at_export(exported: Exported, tmp_path: Path)
     runtime.close()
 
 
-def test_bad_name_is_refused_before_any_work(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(exported.checkpoint), "--name", "../evil", "--repository", str(tmp_path / "models")]) == 1
-    assert "name" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["../evil", "X_Y", "", "a" * 64])
+def test_bad_name_is_refused_before_any_work(name: str, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(exported.checkpoint), "--name", name, "--repository", str(tmp_path / "models")]) == 1
+    told = capsys.readouterr().err
+    assert f"error: {name!r} can be no model's name: lower case letters" in told
+    assert "pydantic" not in told
     assert left_behind(tmp_path) == []
+
+
+def test_a_provider_that_is_not_here_is_refused_before_any_work(exported: Exported, tmp_path: Path) -> None:
+    job = Job(checkpoint=exported.checkpoint, name="tiny", repository=tmp_path / "models", verify_on="cuda")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this machine has it")
+    with pytest.raises(RuntimeLoadError, match="provider 'cuda' was asked for"):
+        export(job, quiet())
+    assert left_behind(tmp_path) == []
+
+
+def test_where_a_file_is_verified(tmp_path: Path) -> None:
+    def provider(precision: Kind, verify_on: str | None = None) -> str:
+        return Job(tmp_path, "tiny", tmp_path, graph=GraphOptions(opset=22, precision=precision), verify_on=verify_on).provider
+
+    assert (provider("fp32"), provider("fp16"), provider("bf16")) == ("cpu", "cpu", "cuda")
+    assert provider("fp16", "cuda") == "cuda"
+    with pytest.raises(ExportError, match="no kernels for bf16"):
+        check_request(Job(tmp_path, "tiny", tmp_path, graph=GraphOptions(opset=22, precision="bf16"), verify_on="cpu"))
+
+
+def test_a_data_set_without_boxes_is_refused_before_any_work(tmp_path: Path) -> None:
+    none = np.zeros(0, bool)
+    record = Record("a", tmp_path / "a.jpg", (30, 40), np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), none, none)
+    with pytest.raises(ExportError, match="empty has no box that counts"):
+        check_request(Job(tmp_path, "tiny", tmp_path, dataset=DetectionSet("empty", CLASS_NAMES, (record,))))
+
+
+def test_a_mistake_on_the_command_line_is_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    """2 is a broken gate; a pipeline must not take a misspelt option for one."""
+    for command in (["best.pt"], ["inspect"], ["compare", "a"]):
+        with pytest.raises(SystemExit) as left:
+            main(command)
+        assert left.value.code == 64
+    assert "the following arguments are required" in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_is_a_sentence_without_unsafe_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "best.pt").write_text("weights?")
+    assert main([str(tmp_path / "best.pt"), "--name", "tiny", "--repository", str(tmp_path / "models")]) == 1
+    told = capsys.readouterr().err
+    assert "is not a whole checkpoint" in told
+    assert "weights_only" not in told
 
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +224,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "examples:" in text
     assert "--nms" in text
+    assert all(f"python -m export {command}" in text.split("options:")[0] for command in ("inspect", "compare", "build-engines"))
 
 
 def test_flat_joins_keys_and_drops_nan() -> None:

@@ -122,6 +122,10 @@ def test_gates_by_precision() -> None:
     assert broken_gate("fp16", {"ap": Scores(0.61, 0.60, 0.61)}) is None
     assert broken_gate("fp32", {"voc_ap50": Scores(0.61, 0.60, 0.61)}) is not None
     assert MAX_AP_DROP["int8"] == 0.003
+    for unknown in (-1.0, float("nan")):
+        for kind in KINDS:
+            assert "unknown" in str(broken_gate(kind, {"ap": Scores(unknown, unknown, unknown)}))
+            assert "unknown" in str(broken_gate(kind, {"ap": Scores(0.6, unknown, 0.6)}))
     assert "Not checked" in accuracy_in_words(unmeasured("int8"))
 
 
