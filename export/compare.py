@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 
 from export.compare_agreement import ClassAgreement, PictureAgreement, agree, agree_by_class
-from export.compare_report import tables, write_report
+from export.compare_report import check_folder, tables, write_report
 from export.comparison import Bounds, Comparison, Version
-from export.console import wide_console
+from export.console import Parser, error_console, wide_console
 from export.evaluate import answer_one
 from export.target import find_version
 from model.data.images import ImageError
@@ -40,7 +40,7 @@ EXAMPLES = """examples:
   python -m export compare before.onnx after.onnx COCO_FOLDER --split val2017 --score-threshold 0.3
 
 The folder holds index.html, comparison.json and pictures of the largest disagreements. Classes are compared by name.
-Exit status: 0 compared and within the bounds, 1 an error, 2 a bound is broken, 130 interrupted.
+Exit status: 0 compared and within the bounds, 1 an error, 2 a bound is broken, 64 a mistake on the command line, 130 interrupted.
 """
 KNOWN = (DataError, ImageError, ManifestError, RuntimeLoadError, DetectorError, ValueError, OSError)
 """What ends with one sentence instead of a traceback."""
@@ -150,7 +150,7 @@ def _version(side: _Side, dataset: DetectionSet, predictions: list[Prediction], 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m export compare", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("a", metavar="A", help="the version before")
@@ -183,7 +183,7 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    console, errors = wide_console(), Console(stderr=True, soft_wrap=True)
+    console, errors = wide_console(), error_console()
     try:
         broken = _compare(options, console)
     except KNOWN as error:
@@ -199,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace, console: Console) -> tuple[str, ...]:
     paths = find_version(options.a, options.repository), find_version(options.b, options.repository)
+    check_folder(options.out)
+    if not options.data.is_dir():
+        raise ValueError(f"there is no folder {options.data}; DATA is the folder of a VOC, COCO or CSV data set")
     with ExitStack() as stack:
         comparison = compare_versions(
             paths,

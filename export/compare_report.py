@@ -55,6 +55,12 @@ def tables(comparison: Comparison) -> list[Table]:
     return drawn
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where a report would replace something that is none."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / DATA).is_file())):
+        raise ValueError(f"{folder} holds something that is no comparison; choose another folder with --out")
+
+
 def write_report(folder: Path, comparison: Comparison, *, pictures: int) -> Path:
     """Write the page, the JSON and the pictures; an earlier comparison in the folder is replaced.
 
@@ -64,8 +70,7 @@ def write_report(folder: Path, comparison: Comparison, *, pictures: int) -> Path
     Raises:
         ValueError: the folder holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / DATA).is_file())):
-        raise ValueError(f"{folder} holds something that is no comparison; choose another folder with --out")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / PICTURES).glob("*.jpg"):
         old.unlink()

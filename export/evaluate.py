@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from export.console import Parser
 from export.remote import PictureRefused, RemoteAnswer, RemoteDetector, RemoteError, is_url
 from export.target import find_version
 from model.data.images import ImageError
@@ -37,7 +38,7 @@ EXAMPLES = """examples:
 
 A service is asked for everything down to the model's own score floor. It answers boxes with two decimals and scores with four, so AP may
 differ from the file's in the fourth decimal. A busy service is asked again after its Retry-After.
-Exit status: 0 evaluated, 1 an error, 130 interrupted.
+Exit status: 0 evaluated, 1 an error, 64 a mistake on the command line, 130 interrupted.
 """
 KNOWN = (DataError, ImageError, ManifestError, RuntimeLoadError, DetectorError, RemoteError, ValueError, OSError)
 """What ends with one sentence instead of a traceback."""
@@ -189,7 +190,7 @@ def _key(given: str | None) -> str | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m export.evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

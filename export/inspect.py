@@ -1,4 +1,4 @@
-"""What is in a model file: `python -m export inspect FILE`."""
+"""What is in a model file: inputs, outputs, classes, precision, cost and memory at every bucket, proof and provenance."""
 
 from __future__ import annotations
 
@@ -11,18 +11,34 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.console import wide_console
+from export.console import Parser, error_console, wide_console
 from export.precision import described
 from export.profiling import NodeRun, profile
 from export.report import accuracy_in_words
-from service.manifest import METADATA_KEY, Bucket, Manifest, parse_manifest
+from export.target import find_version
+from service.manifest import Bucket, Manifest, ManifestError, dump_manifest, parse_manifest
+from service.providers import RuntimeLoadError
 
+BEFORE_USE = frozenset({"DequantizeLinear", "Cast"})
+"""Operators that hand a stored weight on to the node that multiplies by it."""
 PARTS = ("backbone", "fpn", "rpn", "head")
-ELEMENT_BYTES = {"float": 4, "int64": 8, "bool": 1, "uint8": 1, "float16": 2, "int32": 4, "int8": 1}
+ELEMENT_BYTES = {"float": 4, "int64": 8, "bool": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
+
+EXAMPLES = """examples:
+  python -m export inspect blood-cells@1
+  python -m export inspect model_repository/blood-cells/1
+  python -m export inspect runs/before/model.onnx --manifest
+
+The cost is measured: the file runs once at every bucket, on the CPU. Where it cannot run there (bf16), the rest is shown.
+Exit status: 0 shown, 1 an error, 64 a mistake on the command line.
+"""
+KNOWN = (ManifestError, RuntimeLoadError, ValueError, OSError)
+"""What ends with one sentence instead of a traceback."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,8 @@ class Cost:
 
     Attributes:
         gmac: billions of multiplications and additions by part.
-        peak_bytes: activations alive at once, if the file's nodes run in order and free what nobody needs any more.
+        peak_bytes: activations alive at once, if the file's nodes run in order and free what nobody needs any more. What only turns
+            int8 back into numbers is fused into the node behind it and holds nothing of its own.
     """
 
     gmac: dict[str, float]
@@ -59,8 +76,11 @@ def parameters(model: onnx.ModelProto) -> Counter[str]:
 def cost(path: Path, model: onnx.ModelProto, bucket: Bucket) -> Cost:
     """Measured on real shapes: the file is run once, node by node."""
     ran = profile(path, bucket, runs=1, optimise=False)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    owners = {node.name: [name for name in node.input if name in weights] for node in model.graph.node}
+    weights = {tensor.name: tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in BEFORE_USE and node.input[0] in weights:
+            weights |= dict.fromkeys(node.output, weights[node.input[0]])
+    owners = {node.name: [weights[name] for name in node.input if name in weights] for node in model.graph.node}
     gmac = dict.fromkeys(PARTS, 0.0)
     for node in ran:
         part = part_of(owners.get(node.name, []))
@@ -78,8 +98,19 @@ def multiplications(node: NodeRun) -> int:
     return 0
 
 
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """What the file's stored numbers take in memory."""
+    return sum(
+        math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize) for tensor in model.graph.initializer
+    )
+
+
 def _peak(model: onnx.ModelProto, ran: Sequence[NodeRun]) -> int:
-    sizes = {node.name: [ELEMENT_BYTES.get(kind, 4) * math.prod(shape) for kind, shape in node.outputs] for node in ran}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    sizes = {node.name: [_held(node, kind) * math.prod(shape) for kind, shape in node.outputs] for node in ran}
+    for node in model.graph.node:
+        if node.op_type in BEFORE_USE and node.input[0] in stored:
+            sizes[node.name] = [0]
     last_use = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
     alive: dict[str, int] = {}
     peak = 0
@@ -91,23 +122,45 @@ def _peak(model: onnx.ModelProto, ran: Sequence[NodeRun]) -> int:
     return peak
 
 
+def _held(node: NodeRun, kind: str) -> int:
+    return 1 if node.op == "DequantizeLinear" else ELEMENT_BYTES.get(kind, 4)
+
+
 def show(path: Path, console: Console) -> None:
     """Print everything."""
-    model = onnx.load(path)
-    manifest = parse_manifest({entry.key: entry.value for entry in model.metadata_props}, str(path))
+    model, manifest = read(path)
     console.print(_facts(manifest, path, model))
     console.print(_interface(model))
-    counted = parameters(model)
+    counted, stored = parameters(model), weight_bytes(model)
     table = Table(title="cost of one image")
-    for name in ("bucket", *(f"{part} GMAC" for part in PARTS), "all GMAC", "activations MB"):
+    for name in ("bucket", *(f"{part} GMAC" for part in PARTS), "all GMAC", "activations MB", "with weights MB"):
         table.add_column(name, justify="right")
+    unknown = None
     for bucket in manifest.input.buckets:
-        price = cost(path, model, bucket)
-        numbers = [f"{price.gmac[part]:.3f}" for part in PARTS]
-        table.add_row(f"{bucket[0]}x{bucket[1]}", *numbers, f"{sum(price.gmac.values()):.3f}", f"{price.peak_bytes / 1e6:.0f}")
+        try:
+            price = cost(path, model, bucket)
+        except RuntimeLoadError as error:
+            unknown = error
+            break
+        numbers = [f"{value:.3f}" for value in (*(price.gmac[part] for part in PARTS), sum(price.gmac.values()))]
+        sizes = [f"{size / 1e6:.0f}" for size in (price.peak_bytes, price.peak_bytes + stored)]
+        table.add_row(f"{bucket[0]}x{bucket[1]}", *numbers, *sizes)
     table.add_section()
-    table.add_row("parameters", *(f"{counted[part]:,}" for part in PARTS), f"{sum(counted.values()):,}", "")
+    table.add_row("parameters", *(f"{counted[part]:,}" for part in PARTS), f"{sum(counted.values()):,}", "", f"{stored / 1e6:.0f}")
     console.print(table)
+    if unknown is not None:
+        console.print(f"GMAC and activations were not measured, since the file does not run on this machine's CPU: {unknown}", markup=False)
+
+
+def read(path: Path) -> tuple[onnx.ModelProto, Manifest]:
+    """A file with its manifest.
+
+    Raises:
+        ManifestError: it has none.
+        DecodeError: it is no ONNX file.
+    """
+    model = onnx.load(path)
+    return model, parse_manifest({entry.key: entry.value for entry in model.metadata_props}, str(path))
 
 
 def _facts(manifest: Manifest, path: Path, model: onnx.ModelProto) -> Table:
@@ -137,16 +190,21 @@ def _interface(model: onnx.ModelProto) -> Table:
     table = Table(title="inputs and outputs")
     for name in ("name", "type", "shape"):
         table.add_column(name)
+    preset = {tensor.name for tensor in model.graph.initializer}
     for value in [*model.graph.input, *model.graph.output]:
         kind = value.type.tensor_type
         shape = ", ".join(str(dim.dim_value or dim.dim_param) for dim in kind.shape.dim)
-        table.add_row(value.name, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))), escape(f"[{shape}]"))
+        name = f"{value.name} (optional)" if value.name in preset else value.name
+        table.add_row(name, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))), escape(f"[{shape}]"))
     return table
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export inspect", description=__doc__)
-    parser.add_argument("file", type=Path, help="model.onnx of an exported version")
+    parser = Parser(
+        prog="python -m export inspect", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="where names are looked up (model_repository)")
     parser.add_argument("--manifest", action="store_true", help="print the manifest's JSON alone")
     return parser
 
@@ -154,12 +212,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     console = wide_console()
-    if not options.file.is_file():
-        console.print(f"error: there is no file {options.file}", markup=False)
+    try:
+        path = find_version(options.file, options.repository)
+        if options.manifest:
+            console.print_json(dump_manifest(read(path)[1]))
+        else:
+            show(path, console)
+    except DecodeError:
+        error_console().print(f"error: {path} is no ONNX file, or not a whole one", markup=False)
         return 1
-    if options.manifest:
-        properties = {entry.key: entry.value for entry in onnx.load(options.file).metadata_props}
-        console.print_json(properties.get(METADATA_KEY, "null"))
-        return 0
-    show(options.file, console)
+    except KNOWN as error:
+        error_console().print(f"error: {error}", markup=False)
+        return 1
     return 0

@@ -174,6 +174,20 @@ def test_a_folder_of_something_else_is_left_alone(repository: Path, capsys: pyte
     assert [path.name for path in (repository.parent / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_of_something_else_is_refused_before_the_first_picture(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository.parent / "out").mkdir()
+    (repository.parent / "out" / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr("export.compare.compare_versions", lambda *_, **__: pytest.fail("ran"))
+    assert run(repository, "blobs@1", "blobs@1") == 1
+
+
+def test_a_missing_data_set_is_named_as_this_command_calls_it(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "blobs@1", "blobs@2", "/nonexist", "--repository", str(repository), "--provider", "cpu"]) == 1
+    told = capsys.readouterr().err
+    assert "there is no folder /nonexist; DATA is" in told
+    assert "--data" not in told
+
+
 def test_ways_to_name_a_version(repository: Path) -> None:
     newest = repository / "blobs" / "3" / "model.onnx"
     for target in ("blobs", "blobs@3", str(repository / "blobs"), str(newest.parent), str(newest)):

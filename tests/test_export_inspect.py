@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
+from rich.console import Console
 from tiny_detector import BUCKETS, Exported
 
 from export import audit as audit_module
 from export import inspect
 from export.__main__ import main
 from export.profiling import NodeRun, profile
+from service.providers import RuntimeLoadError
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
 
 
 def run(
@@ -45,8 +49,81 @@ def test_inspect_manifest_is_json(exported: Exported, capsys: pytest.CaptureFixt
 
 
 def test_inspect_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(tmp_path / "none.onnx")]) == 1
-    assert "there is no file" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "none.onnx"), "--repository", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "is no model file, version folder or version" in told.err
+    assert told.out == ""
+
+
+def test_inspect_takes_what_compare_takes(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = exported.folder.parent.parent
+    for target in (str(exported.folder), str(exported.folder.parent), "tiny", "tiny@1"):
+        assert main(["inspect", target, "--repository", str(repository), "--manifest"]) == 0
+        assert json.loads(capsys.readouterr().out)["name"] == "tiny"
+
+
+@pytest.mark.parametrize("options", [[], ["--manifest"]])
+def test_inspect_of_a_foreign_file_is_a_sentence(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no protobuf at all")
+    onnx.save(quantised_product(), tmp_path / "foreign.onnx")
+    for name, sentence in {"bad.onnx": "is no ONNX file", "foreign.onnx": "no 'manifest' in the file's metadata"}.items():
+        assert main(["inspect", str(tmp_path / name), *options]) == 1
+        told = capsys.readouterr()
+        assert sentence in told.err
+        assert told.out == ""
+
+
+def test_inspect_shows_the_rest_of_a_file_that_does_not_run_here(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> list[NodeRun]:
+        raise RuntimeLoadError("no kernel for Conv in bf16")
+
+    monkeypatch.setattr("export.inspect.profile", refuse)
+    assert main(["inspect", str(exported.file)]) == 0
+    text = capsys.readouterr().out
+    for expected in ("tiny, version 1", "parameters", "were not measured", "no kernel for Conv in bf16"):
+        assert expected in text
+
+
+def quantised_product() -> onnx.ModelProto:
+    """A product by a weight that is stored in int8, as quantisation writes it: 6 x 8 by 8 x 5."""
+    stored = numpy_helper.from_array(np.ones((8, 5), np.int8), "head.body.fc6.weight_quantized")
+    constants = [stored, numpy_helper.from_array(np.float32(0.5), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], name="quantise"),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], name="dequantise"),
+        onnx.helper.make_node("DequantizeLinear", [stored.name, "scale", "zero"], ["w"], name="weight"),
+        onnx.helper.make_node("MatMul", ["d", "w"], ["y"], name="product"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [6, side]) for name, side in (("x", 8), ("y", 5))]
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], constants))
+
+
+def test_cost_sees_weights_behind_their_quantisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tensor(kind: str, *shape: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return ((kind, shape),)
+
+    ran = [
+        NodeRun("quantise", "QuantizeLinear", CPU, 0.0, tensor("float", 6, 8), tensor("int8", 6, 8)),
+        NodeRun("dequantise", "DequantizeLinear", CPU, 0.0, tensor("int8", 6, 8), tensor("float", 6, 8)),
+        NodeRun("weight", "DequantizeLinear", CPU, 0.0, tensor("int8", 8, 5), tensor("float", 8, 5)),
+        NodeRun("product", "MatMul", CPU, 0.0, tensor("float", 6, 8) + tensor("float", 8, 5), tensor("float", 6, 5)),
+    ]
+    monkeypatch.setattr("export.inspect.profile", lambda *_, **__: ran)
+    model = quantised_product()
+    price = inspect.cost(tmp_path, model, (6, 8))
+    assert price.gmac == {"backbone": 0, "fpn": 0, "rpn": 0, "head": 6 * 5 * 8 / 1e9}
+    assert price.peak_bytes == 6 * 8 + 6 * 5 * 4  # the product beside its int8 input
+    assert inspect.weight_bytes(model) == 8 * 5 + 4 + 1
+
+
+def test_an_input_with_a_preset_value_is_optional(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = quantised_product()
+    model.graph.input.append(onnx.helper.make_tensor_value_info("scale", onnx.TensorProto.FLOAT, []))
+    console = Console(width=150)
+    console.print(inspect._interface(model))
+    assert "scale (optional)" in capsys.readouterr().out
 
 
 def test_multiplications_by_hand() -> None:
@@ -83,32 +160,6 @@ def test_audit_on_the_cpu_passes_and_shares_add_up(exported: Exported, tmp_path:
     assert (found["measured"], found["passed"], found["misplaced"]) == (True, True, [])
     assert {entry["provider"] for entry in found["nodes"]} == {CPU}
     assert "Conv" in capsys.readouterr().out
-
-
-def test_audit_without_the_provider_reads_the_table(exported: Exported) -> None:
-    model = onnx.load(exported.file)
-    found = audit_module._on_paper(model, "cuda", [])
-    assert found.passed
-    assert not found.measured
-    model.graph.node[0].op_type = "MaxRoiPool"
-    assert audit_module._on_paper(model, "cuda", []).misplaced == ["1 x MaxRoiPool: no CUDA kernel in ONNX Runtime 1.31.1"]
-
-
-def test_audit_finds_nodes_and_copies_off_the_device() -> None:
-    indices = (("int64", (3,)),)
-    good = [
-        run("Conv", CUDA),
-        run("Shape", CPU, outputs=indices),
-        run("Gather", CPU, outputs=indices),
-        run("MemcpyToHost", CUDA, outputs=indices),
-    ]
-    assert audit_module.judge(good, "cuda").passed
-    stray = audit_module.judge([*good, run("RoiAlign", CPU)], "cuda")
-    assert stray.misplaced == ["node_RoiAlign (RoiAlign) ran on CPUExecutionProvider"]
-    copied = audit_module.judge([*good, run("MemcpyToHost", CUDA)], "cuda")
-    assert copied.copies == ["node_MemcpyToHost (MemcpyToHost)"]
-    assert not copied.passed
-    assert audit_module.judge([run("Conv", CUDA)], "tensorrt").passed  # CUDA beside TensorRT is no detour
 
 
 def test_profile_has_times_and_shapes(exported: Exported) -> None:
