@@ -12,6 +12,7 @@ JOBS = {
     "gpu": ["service", "gpu"],
     "train": ["service", "cpu", "train", "export"],
     "dev": ["service", "cpu", "train", "export", "test", "lint"],
+    "dev-gpu": ["service", "gpu", "train", "export", "test", "lint"],
     "load": ["load"],
     "bench": ["service", "cpu", "load", "peers"],
     "ray": ["service", "cpu", "ray"],
