@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__, admin, catalogue, openapi, routes, site, v2, v2_openapi
 from service.auth import KeyRing, read_keys
+from service.device_errors import DeviceLost
 from service.head import HeadMiddleware
 from service.health import EXIT_DEVICE_LOST, EXIT_NO_MODEL, Health
 from service.images import ImageLimits
@@ -234,7 +235,7 @@ async def _load_models(parts: Parts, runtime: Runtime | None) -> None:
             await parts.repository.start(require_models(settings.model_repository, settings.model))
     except Exception as error:
         logger.debug("loading failed", exc_info=error)
-        parts.health.fail(str(error), EXIT_NO_MODEL)
+        parts.health.fail(str(error), EXIT_DEVICE_LOST if isinstance(error, DeviceLost) else EXIT_NO_MODEL)
         return
     if settings.shadow is not None and runtime is None:
         await _start_shadow(parts, settings.shadow)

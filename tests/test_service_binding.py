@@ -12,8 +12,9 @@ from service_onnx import write_model
 from test_service_runtime import BATCHES, random_batch
 
 from service.binding import BOUND_SHAPES, GRAPH_ID, BoundSession, HostBuffer, full_size, pinned_buffer
-from service.providers import RuntimeLoadError, provider_stack
+from service.providers import PROVIDER_NAMES, RuntimeLoadError, provider_stack
 from service.runtime import OUTPUTS, OnnxRuntime
+from service.tensorrt import EnginePlan
 
 
 class Told:
@@ -217,6 +218,23 @@ def test_a_file_that_cuda_graphs_cannot_record_is_not_called_incomplete(tmp_path
     with pytest.raises(RuntimeLoadError, match=r"CUDA graphs cannot record this file.*unset DETECTOR_CUDA_GRAPHS") as raised:
         OnnxRuntime(write_model(tmp_path), provider="cuda", cuda_graphs=True)
     assert "complete model.onnx" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("provider", "expected"), [("cuda", ["1"]), ("tensorrt", [None])])
+def test_shapes_are_recorded_only_where_cuda_itself_runs_the_file(tmp_path, monkeypatch, provider, expected):
+    asked = []
+
+    def note(path, name, stack, threads):
+        options = dict(entry for entry in stack if isinstance(entry, tuple))
+        asked.append(options["CUDAExecutionProvider"].get("enable_cuda_graph"))
+        raise RuntimeLoadError("seen enough")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: list(PROVIDER_NAMES.values()))
+    monkeypatch.setattr("service.runtime.require_engines", lambda path, device: EnginePlan(tmp_path, (), 1, {}))
+    monkeypatch.setattr("service.runtime.open_session", note)
+    with pytest.raises(RuntimeLoadError, match="seen enough"):
+        OnnxRuntime(write_model(tmp_path), provider=provider, cuda_graphs=True)
+    assert asked == expected
 
 
 def test_cuda_options_are_those_for_few_fixed_shapes():

@@ -139,6 +139,21 @@ def test_a_lost_device_answers_everyone_and_ends_the_service():
     run(scenario())
 
 
+def test_a_device_that_is_lost_in_the_warm_up_is_no_missing_model():
+    def lose(images):
+        raise DeviceLost("CUDA failure 700")
+
+    async def scenario():
+        runtime = one_bucket_runtime()
+        runtime.before_run = lose
+        app = create_app(make_settings(), runtime=runtime)
+        async with running(app, ready=False):
+            await asyncio.wait_for(app.state.parts.health.ended.wait(), WAIT_S)
+            assert app.state.parts.health.exit_code == 4
+
+    run(scenario())
+
+
 def test_a_hung_device_makes_unready_and_requests_get_their_deadline():
     async def scenario():
         async with fake_service(watchdog_seconds=1, request_timeout_ms=300) as (client, app, runtime):
