@@ -174,7 +174,9 @@ def _facts(manifest: Manifest, path: Path, model: onnx.ModelProto) -> Table:
         "trained": f"{manifest.training.dataset}; {manifest.training.command}; commit {manifest.training.commit or 'unknown'}",
         "exported": f"{manifest.created:%Y-%m-%d %H:%M} UTC by {model.producer_name}",
         "parity": ", ".join(
-            f"{key} {parity[key]}" for key in ("passed", "matched", "missed", "extra", "max_box_px", "max_score") if key in parity
+            f"{key} {parity[key]}"
+            for key in ("passed", "provider", "matched", "missed", "extra", "fullest_picture", "max_box_px", "max_score")
+            if key in parity
         )
         or "not recorded",
         "accuracy": accuracy_in_words(parity.get("accuracy")),

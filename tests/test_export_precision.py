@@ -16,10 +16,15 @@ from export import pictures
 from export.__main__ import main
 from export.accuracy import Scores, broken_gate, unmeasured
 from export.calibration import Calibration, CalibrationError, calibration_files
+from export.graph import GraphOptions, build_graph, save
+from export.job import Job, first_manifest
 from export.opset import OpsetError, lower_to_17
 from export.precision import KINDS, MAX_AP_DROP, PLANS, described, islands, recorded, set_types, weight_part
 from export.quantize import chosen_nodes, quantise
 from export.report import accuracy_in_words
+from export.verify import Case, Gates, Report, against_eager, in_bucket
+from model.checkpoint import load_checkpoint
+from service.runtime import OnnxRuntime
 
 
 def test_every_plan_names_the_same_parts_and_keeps_coordinates_in_fp32() -> None:
@@ -106,6 +111,22 @@ def test_operator_set_17_gives_the_same_numbers() -> None:
     x = np.ones((1, 4, 6, 9), np.float32)
     for a, b in zip(*(ort.InferenceSession(m.SerializeToString()).run(None, {"x": x}) for m in (model, lowered)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_operator_set_19_gives_the_network_s_answer(tmp_path: Path) -> None:
+    """Of the whole exporter: 17 and 18 share a trace, 19 has one of its own."""
+    checkpoint = save_tiny(tmp_path / "best.pt")
+    detector, job = tiny_detector(), Job(checkpoint, "tiny", tmp_path, graph=GraphOptions(opset=19))
+    model = build_graph(detector, job.graph)
+    assert [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [19]
+    onnx.checker.check_model(model, full_check=True)
+    save(model, first_manifest(job, load_checkpoint(checkpoint), 1), tmp_path / "model.onnx")
+    runtime = OnnxRuntime(tmp_path / "model.onnx", provider="cpu")
+    case = Case("opset 19", (in_bucket(pictures.street((120, 150), 3), (128, 160)),))
+    row = against_eager(detector, runtime, case, Gates(), shake=False)
+    runtime.close()
+    assert row.tally.matched > 20
+    assert Report(Gates(full_share=0.2), (row,)).failures == []
 
 
 def test_what_17_cannot_say_is_refused() -> None:
