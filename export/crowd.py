@@ -27,6 +27,8 @@ from service.manifest import InputSpec, Manifest
 from service.runtime import OnnxRuntime, Runtime
 
 NO_FLOOR = "no_floor"
+LEAST = 20
+"""Detections in one picture without which nothing is proven; a network with few proposals may not give many more, even without a floor."""
 
 
 def without_floor(detector: FasterRCNN) -> FasterRCNN:
@@ -65,8 +67,8 @@ def with_a_full_answer(
     extra_pictures: Sequence[Picture] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """The report, with rows on a copy without a floor where the file itself answered too little; one more session, mostly one picture."""
-    if report.is_seen or report.differences or manifest.score_floor == 0:
+    """The report, with rows on a copy without a floor where the file itself filled no answer; one more session, mostly one picture."""
+    if report.is_full or report.differences:
         return report
     with _opened_without_floor(path, manifest, provider) as runtime:
         return full_answer(report, without_floor(detector), runtime, extra_pictures, progress=progress)
@@ -75,7 +77,7 @@ def with_a_full_answer(
 def full_answer(
     report: Report, detector: FasterRCNN, runtime: Runtime, extra_pictures: Sequence[Picture] = (), *, progress: Callable[[str], None]
 ) -> Report:
-    """The report with further rows, until one of them shows a full answer.
+    """The report with further rows, until one of them shows a full answer, or what the network gives at most.
 
     Args:
         detector, runtime: both without a score floor.
@@ -86,9 +88,10 @@ def full_answer(
         progress(case.name)
         row = replace(against_eager(detector, runtime, case, gates, shake=True), gates=gates)
         report = replace(report, rows=(*report.rows, row), without_floor=True)
-        if report.is_seen or report.failed_rows:
-            break
-    return report
+        if report.is_full or report.failed_rows:
+            return report
+    most = max(row.tally.matched + row.tally.missed for row in report.rows if row.batch_size == 1)
+    return replace(report, full_answer=min(report.full_answer, max(most, LEAST)))
 
 
 def crowded_cases(spec: InputSpec, extra_pictures: Sequence[Picture] = ()) -> Iterator[Case]:
@@ -104,7 +107,8 @@ def crowded_cases(spec: InputSpec, extra_pictures: Sequence[Picture] = ()) -> It
 @contextmanager
 def _opened_without_floor(path: Path, manifest: Manifest, provider: str) -> Iterator[OnnxRuntime]:
     model = onnx.load(path)
-    remove_floor(model, manifest.score_floor)
+    if manifest.score_floor > 0:
+        remove_floor(model, manifest.score_floor)
     with tempfile.TemporaryDirectory(prefix="no-floor-") as folder:
         copied = Path(folder) / "model.onnx"
         save(model, manifest.model_copy(update={"score_floor": 0.0}), copied)

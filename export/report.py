@@ -52,8 +52,8 @@ def markdown(report: Report, accuracy: Mapping[str, Any] | None = None) -> str:
     if report.without_floor:
         lines += [
             "",
-            f"No score floor: the file finds fewer than {report.full_answer} objects in any of these pictures, so a copy of it without its "
-            "score floor was compared as well, in which every detection needs a partner.",
+            "No score floor: the file fills its answer in none of the other pictures, so a copy of it without its score floor was compared "
+            "as well.",
         ]
     if accuracy is not None:
         lines += ["", "## Accuracy on real pictures", "", accuracy_in_words(accuracy), *_accuracy_table(accuracy)]

@@ -123,6 +123,11 @@ class Report:
         """Whether some picture shows as many detections as the proof needs."""
         return self.fullest >= self.gates.full_share * self.full_answer
 
+    @property
+    def is_full(self) -> bool:
+        """Whether some picture shows a full answer, most of which agrees."""
+        return self.is_seen and any(row.detections >= self.full_answer for row in self.rows if row.batch_size == 1)
+
     def _unseen(self) -> str:
         floor = ", even without the score floor" if self.without_floor else ""
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 from tiny_detector import Exported
 
 from export.agreement import Tally
-from export.crowd import NO_FLOOR, remove_floor, with_a_full_answer
+from export.crowd import LEAST, NO_FLOOR, remove_floor, with_a_full_answer
 from export.graph import ExportError, save
 from export.report import markdown
 from export.verify import FREE, CaseResult, Gates, Report, batch_against_singles, mixed_batch
@@ -58,6 +59,31 @@ def test_without_its_floor_a_shy_network_shows_a_full_answer(
     assert "many objects, no score floor" in markdown(found)
     assert "a copy of it without its score floor" in markdown(found)
     assert shy[0].config.roi.score_thresh == exported.detector.config.roi.score_thresh  # the network itself keeps it
+
+
+def test_more_than_the_network_gives_is_not_asked_for(shy: tuple[FasterRCNN, onnx.ModelProto, Manifest], tmp_path: Path) -> None:
+    """A final NMS that lets hardly any two boxes overlap never fills an answer; what it gives must agree all the same."""
+    detector, model, manifest = shy
+    detector.config = replace(detector.config, roi=replace(detector.config.roi, nms_thresh=0.05))
+    last = [node for node in model.graph.node if node.op_type == "NonMaxSuppression"][-1]
+    last.input[3] = "strict"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0.05], np.float32), "strict"))
+    found = prove(detector, model, manifest, tmp_path)
+    assert LEAST <= found.fullest == found.full_answer < 100
+    assert found.failures == []
+    assert len(found.rows) == 1 + 3  # none of the drawn pictures was enough to stop
+    shift(model, "head.bbox_pred.bias", np.float32(0.1))
+    assert prove(detector, model, manifest, tmp_path).failures
+
+
+def test_half_an_answer_is_not_full(shy: tuple[FasterRCNN, onnx.ModelProto, Manifest], tmp_path: Path) -> None:
+    """Below fp32 half of a full answer has to agree, but a full one is looked for."""
+    detector, model, manifest = shy
+    half = Report(FREE, (CaseResult("many objects", (128, 160), 1, 60, Tally(matched=60)),))
+    assert half.is_seen
+    save(model, manifest, tmp_path / "model.onnx")
+    found = with_a_full_answer(half, detector, tmp_path / "model.onnx", manifest, provider="cpu")
+    assert (found.fullest, found.without_floor, found.failures) == (100, True, [])
 
 
 def test_a_wrong_file_that_answers_nothing_is_found(shy: tuple[FasterRCNN, onnx.ModelProto, Manifest], tmp_path: Path) -> None:
