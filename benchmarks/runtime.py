@@ -1,7 +1,8 @@
 """The exported graph against torchvision's network with the same weights, on the same pictures, side by side in one run.
 
-Contenders: torchvision eager, torch.compile and its own ONNX export where they work; ours eager and on ONNX Runtime, in int8 as well on a
-CPU; further files of ours with --file. Everybody takes each round in turn, one picture at a time; the ratio is of medians.
+Contenders: torchvision eager, torch.compile and its own ONNX export where they work; ours eager, on ONNX Runtime, and as the service runs
+it; in int8 as well on a CPU, with CUDA graphs and on TensorRT as well on a GPU; further files of ours with --file. Everybody takes each
+round in turn, one picture at a time; the ratio is of medians. Nobody rounds fp32 to TF32; --fp16 puts both sides in half precision.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.console import Console
 from benchmarks import runtime_contenders as contenders
 from benchmarks import runtime_report as report
 from benchmarks import runtime_sweeps as sweeps
-from benchmarks.runtime_contenders import COMPILED, EAGER, INT8, OURS, OURS_EAGER, THEIR_ONNX, Device
+from benchmarks.runtime_contenders import COMPILED, EAGER, GRAPHS, INT8, OURS, OURS_EAGER, TENSORRT, THEIR_ONNX, Device
 from benchmarks.runtime_int8 import quantised, trained_in_int8
 from benchmarks.runtime_networks import NETWORKS, Pair, Sample, build_pair, filled_slots, full_bucket, read_pictures, samples_of
 from benchmarks.runtime_parts import Peak, cpu_peak, gpu_peak, parts_of, post_processing_share
@@ -44,7 +45,7 @@ INT8_AIMS = {"resnet50_fpn": 2.0}
 CALIBRATION_SEEDS = (100, 101, 102)
 """Drawn pictures that nobody is timed on."""
 QUICK_BUCKET = (64, 96)
-PARTS = {"eager": OURS_EAGER, "compile": COMPILED, "onnx": THEIR_ONNX, "int8": INT8}
+PARTS = {"eager": OURS_EAGER, "compile": COMPILED, "onnx": THEIR_ONNX, "int8": INT8, "graphs": GRAPHS, "tensorrt": TENSORRT}
 EXAMPLES = """examples:
   python -m benchmarks.runtime                                        three networks on the CPU, sweeps
   python -m benchmarks.runtime --networks resnet50_fpn --pictures COCO/val2017 --limit 8 --weights fasterrcnn_resnet50_fpn_coco.pth
@@ -62,12 +63,13 @@ def measure(pair: Pair, device: Device, options: argparse.Namespace, peak: Peak,
     samples = _samples(pair, options)
     without = frozenset(PARTS[name] for name in options.without if name in PARTS)
     to_int8 = partial(quantised, config=pair.ours.config, pictures=_calibration_pictures()) if device.provider == "cpu" else None
-    runs, cannot, graph = contenders.gather(
-        pair, device, samples[0], files=dict(options.file), without=without, to_int8=to_int8, progress=say
-    )
-    if EAGER not in runs or OURS not in runs:
-        raise RuntimeError(f"{pair.name}: nothing to compare: {cannot.get(EAGER) or cannot.get(OURS)}")
-    seconds = sweeps.in_turns(runs, samples, options.rounds, say)
+    with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
+        runs, cannot, graph = contenders.gather(
+            pair, device, samples[0], folder=Path(folder), files=dict(options.file), without=without, to_int8=to_int8, progress=say
+        )
+        if EAGER not in runs or OURS not in runs:
+            raise RuntimeError(f"{pair.name}: nothing to compare: {cannot.get(EAGER) or cannot.get(OURS)}")
+        seconds = sweeps.in_turns(runs, samples, options.rounds, say)
     middle = {who: float(np.median(values)) for who, values in seconds.items()}
     parts = _parts(graph, samples, device, peak)
     return {
@@ -126,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every contender (default: all)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where everybody runs (default: cpu)")
-    parser.add_argument("--fp16", action="store_true", help="torch's sides in half precision (with --provider cuda)")
+    parser.add_argument("--fp16", action="store_true", help="half precision, torch's sides and ours (with --provider cuda)")
     parser.add_argument("--file", type=_named_file, action="append", default=[], metavar="NAME=FILE", help="another export of ours")
     parser.add_argument("--without", nargs="+", choices=(*PARTS, "sweeps"), default=[], help="leave out")
     parser.add_argument("--sweep-network", choices=NETWORKS, default=NETWORKS[1], help=f"for the sweeps (default: {NETWORKS[1]})")
@@ -153,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.checkpoint_out:
         return _write_checkpoint(options, console)
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False  # the service does not either
     device = Device(options.provider, options.fp16, options.threads)
     peak = cpu_peak(options.threads) if device.provider == "cpu" else gpu_peak(torch.cuda.get_device_name())
     if peak is None:

@@ -7,17 +7,23 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime as ort
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.runtime_networks import Pair, Sample
-from export.graph import GraphOptions, build_graph
-from service.runtime import OUTPUTS, PROVIDER_NAMES
+from export.engines import build
+from export.graph import GraphOptions, build_graph, save
+from export.job import Job, first_manifest
+from model.checkpoint import Checkpoint
+from service.providers import PROVIDER_NAMES, provider_candidates, provider_stack, session_options, strict_session
+from service.runtime import OUTPUTS, OnnxRuntime
 
 EAGER = "torchvision eager"
 COMPILED = "torchvision, torch.compile"
@@ -25,6 +31,8 @@ THEIR_ONNX = "torchvision's own ONNX export"
 OURS_EAGER = "ours, eager"
 OURS = "ours, ONNX Runtime"
 SERVED = "ours, as the service runs it"
+GRAPHS = "ours, in the service with CUDA graphs"
+TENSORRT = "ours, in the service on TensorRT"
 INT8 = "ours, int8 on ONNX Runtime"
 THEIR_OPSET = 17
 BLAMED_LINES = 1
@@ -39,7 +47,7 @@ class Device:
 
     Attributes:
         provider: "cpu" or "cuda".
-        fp16: torch's sides in half precision; ours as its file holds it.
+        fp16: both sides in half precision: torch by autocast, our export with `--precision fp16`.
         threads: of every contender on a CPU.
     """
 
@@ -56,11 +64,8 @@ class CannotTakePart(RuntimeError):
     """This contender does not work here; the message says why."""
 
 
-def open_session(model: bytes | str, device: Device, *, spinning: bool = True) -> ort.InferenceSession:
-    """ONNX Runtime with its own defaults, but for the number of threads and the search of algorithms.
-
-    Args:
-        spinning: whether idle threads wait in a loop; the service's do not, since pictures are decoded beside them.
+def open_session(model: bytes | Path, device: Device) -> ort.InferenceSession:
+    """ONNX Runtime with the options of the service, but for idle threads, which wait in a loop as by its own default.
 
     Raises:
         CannotTakePart: the provider is not there, or does not load.
@@ -68,28 +73,64 @@ def open_session(model: bytes | str, device: Device, *, spinning: bool = True) -
     wanted = PROVIDER_NAMES[device.provider]
     if wanted not in ort.get_available_providers():
         raise CannotTakePart(f"this build of ONNX Runtime has no {wanted}")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = device.threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    if device.provider != "cpu" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
-    cuda = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
-    providers: list[Any] = [wanted] if device.provider == "cpu" else [(wanted, cuda), PROVIDER_NAMES["cpu"]]
-    session = ort.InferenceSession(model, options, providers=providers)
+    options = session_options(device.provider, device.threads, spinning=True)
+    session = strict_session(model, options, provider_stack(device.provider))
     if session.get_providers()[0] != wanted:
         raise CannotTakePart(f"{wanted} did not load its libraries")
     return session
 
 
+def our_options(device: Device) -> GraphOptions:
+    """How we export for the device: NonMaxSuppression on a CPU, the matrix form on a GPU."""
+    return GraphOptions(nms="onnx" if device.provider == "cpu" else "dense", precision="fp16" if device.fp16 else "fp32")
+
+
 def our_graph(pair: Pair, device: Device) -> onnx.ModelProto:
-    """Our export for the device: NonMaxSuppression on a CPU, the matrix form on a GPU."""
-    return build_graph(pair.ours, GraphOptions(nms="onnx" if device.provider == "cpu" else "dense"))
+    """Our export for the device."""
+    return build_graph(pair.ours, our_options(device))
 
 
-def exported(model: bytes | str, device: Device, *, spinning: bool = True) -> Run:
+def write_version(model: onnx.ModelProto, pair: Pair, device: Device, example: Sample, folder: Path) -> Path:
+    """A file that the service takes, with the buckets of the network and that of the example."""
+    job = Job(checkpoint=Path(), name="measured", repository=folder, graph=our_options(device))
+    manifest = first_manifest(job, Checkpoint(detector={}, config=pair.ours.config, training={}), 1)
+    height, width = example.images.shape[1:3]
+    buckets = sorted({*manifest.input.buckets, (height, width)})
+    path = folder / "model.onnx"
+    save(model, manifest.model_copy(update={"input": manifest.input.model_copy(update={"buckets": buckets})}), path)
+    return path
+
+
+def served(path: Path, device: Device, provider: str | None = None, *, cuda_graphs: bool = False) -> Run:
+    """The service's own runtime: its session, its buffers on the host and on the device.
+
+    Args:
+        provider: where it is not the device's own.
+    """
+    runtime = OnnxRuntime(path, provider=provider or device.provider, intra_op_threads=device.threads, cuda_graphs=cuda_graphs)
+
+    def run(sample: Sample) -> object:
+        images = runtime.input_buffer(sample.images.shape)
+        images[:] = sample.images  # the service builds a batch in place
+        return runtime.run(images, sample.image_sizes_hw)
+
+    return run
+
+
+def on_tensorrt(path: Path, device: Device) -> Run:
+    """The same on engines that are built first, for single pictures.
+
+    Raises:
+        ProviderMissing, BuildError: no TensorRT here, or it refuses the graph.
+    """
+    provider_candidates("tensorrt")
+    build(path, device_id=0, max_batch_size=1, console=Console(quiet=True))
+    return served(path, device, "tensorrt")
+
+
+def exported(model: bytes | Path, device: Device) -> Run:
     """Any file that keeps the graph contract."""
-    session = open_session(model, device, spinning=spinning)
+    session = open_session(model, device)
 
     def run(sample: Sample) -> object:
         return session.run(OUTPUTS, {"images": sample.images, "image_sizes_hw": sample.image_sizes_hw})
@@ -159,7 +200,7 @@ def their_export(pair: Pair, device: Device, example: Sample) -> Run:
                 )
         except Exception as error:
             raise CannotTakePart(f"torch.onnx.export: {first_lines(error)}") from error
-        session = open_session(str(file), device)
+        session = open_session(file, device)
 
     def run(sample: Sample) -> object:
         return session.run(None, {"picture": sample.float_picture.numpy()})
@@ -184,6 +225,7 @@ def gather(
     device: Device,
     example: Sample,
     *,
+    folder: Path,
     files: dict[str, Path],
     without: frozenset[str] = frozenset(),
     to_int8: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
@@ -192,21 +234,32 @@ def gather(
     """Everybody who can take part, warmed by the example; who cannot, with the reason; and our graph.
 
     Args:
+        folder: for our file, needed as long as they run.
         files: further files with the graph contract, by the name to show.
         without: names to leave out.
         to_int8: makes an int8 graph of ours; None leaves that contender out.
     """
     progress(f"exporting {pair.name}")
     graph = our_graph(pair, device)
+
+    @cache
+    def version() -> Path:
+        return write_version(graph, pair, device, example, folder)
+
+    on_gpu: dict[str, Callable[[], Run]] = {
+        GRAPHS: lambda: served(version(), device, cuda_graphs=True),
+        TENSORRT: lambda: on_tensorrt(version(), device),
+    }
     makers: dict[str, Callable[[], Run]] = {
         EAGER: lambda: their_eager(pair, device),
         COMPILED: lambda: compiled(pair, device),
         THEIR_ONNX: lambda: their_export(pair, device, example),
         OURS_EAGER: lambda: our_eager(pair, device),
         OURS: lambda: exported(graph.SerializeToString(), device),
-        SERVED: lambda: exported(graph.SerializeToString(), device, spinning=False),
+        SERVED: lambda: served(version(), device),
+        **({} if device.provider == "cpu" else on_gpu),
         **({} if to_int8 is None else {INT8: lambda: exported(to_int8(graph).SerializeToString(), device)}),
-        **{name: lambda path=path: exported(str(path), device) for name, path in files.items()},  # type: ignore[misc]  # mypy cannot infer it
+        **{name: lambda path=path: exported(path, device) for name, path in files.items()},  # type: ignore[misc]  # mypy cannot infer it
     }
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}

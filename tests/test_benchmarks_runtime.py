@@ -11,11 +11,25 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
-from tiny_detector import tiny_detector
+from tiny_detector import Exported, tiny_detector
 
 from benchmarks import runtime_sweeps
 from benchmarks.runtime import main
-from benchmarks.runtime_contenders import EAGER, INT8, OURS, SERVED, CannotTakePart, Device, gather, open_session
+from benchmarks.runtime_contenders import (
+    EAGER,
+    GRAPHS,
+    INT8,
+    OURS,
+    SERVED,
+    TENSORRT,
+    CannotTakePart,
+    Device,
+    gather,
+    open_session,
+    our_options,
+    served,
+    write_version,
+)
 from benchmarks.runtime_int8 import trained_in_int8
 from benchmarks.runtime_networks import Pair, build_pair, filled_slots, full_bucket, read_pictures, samples_of, with_proposals
 from benchmarks.runtime_parts import PARTS, Peak, cpu_peak, gpu_peak, label, parts_of, post_processing_share
@@ -24,6 +38,8 @@ from export.pictures import smear, street
 from export.profiling import NodeRun
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.presets import PRESETS
+from service.manifest import parse_manifest
+from service.runtime import OUTPUTS
 
 CPU = "CPUExecutionProvider"
 SMALLEST = "mobilenet_v3_large_320_fpn"
@@ -153,10 +169,42 @@ def test_who_cannot_take_part_is_listed_with_the_reason(monkeypatch: pytest.Monk
     monkeypatch.setattr("benchmarks.runtime_contenders.our_graph", lambda *_: toy())
     missing = {"ours, int8": tmp_path / "no.onnx"}
     pair = Pair("toy", torch.nn.Identity(), torch.nn.Identity(), "random")  # type: ignore[arg-type]
-    runs, reasons, _ = gather(pair, Device(), full_bucket((32, 32)), files=missing)
+    runs, reasons, _ = gather(pair, Device(), full_bucket((32, 32)), folder=tmp_path, files=missing)
     assert runs == {}
+    assert not {GRAPHS, TENSORRT} & reasons.keys(), "on a CPU nobody expects them"
     assert "no.onnx" in reasons["ours, int8"]
     assert {EAGER, OURS} <= reasons.keys()
+
+
+def test_on_a_gpu_the_services_own_ways_take_part_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without one, each of them says why it cannot."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CPU])
+    monkeypatch.setattr("benchmarks.runtime_contenders.our_graph", lambda *_: toy())
+    detector = tiny_detector()
+    pair = Pair("tiny", torch.nn.Identity(), detector, "random")  # type: ignore[arg-type]
+    without = frozenset({EAGER, "torchvision, torch.compile", "torchvision's own ONNX export", "ours, eager"})
+    runs, reasons, _ = gather(pair, Device("cuda"), full_bucket((64, 96)), folder=tmp_path, files={}, without=without)
+    assert runs == {}
+    assert reasons.keys() == {OURS, SERVED, GRAPHS, TENSORRT}
+    assert all("this build of ONNX Runtime" in reason for reason in reasons.values()), reasons
+
+
+def test_half_precision_is_for_our_file_too() -> None:
+    assert (our_options(Device()).nms, our_options(Device()).precision) == ("onnx", "fp32")
+    assert (our_options(Device("cuda")).nms, our_options(Device("cuda")).precision) == ("dense", "fp32")
+    assert our_options(Device("cuda", fp16=True)).precision == "fp16"
+
+
+def test_the_services_runtime_answers_as_the_file_does(exported: Exported, tmp_path: Path) -> None:
+    sample = full_bucket((64, 96))
+    pair = Pair("tiny", torch.nn.Identity(), exported.detector, "random")  # type: ignore[arg-type]
+    path = write_version(onnx.load(exported.file), pair, Device(), sample, tmp_path)
+    written = parse_manifest({entry.key: entry.value for entry in onnx.load(path).metadata_props}, str(path))
+    assert (64, 96) in written.input.buckets
+    assert set(exported.detector.config.input.buckets) < set(written.input.buckets)
+    expected = open_session(path, Device()).run(OUTPUTS, {"images": sample.images, "image_sizes_hw": sample.image_sizes_hw})
+    for found, wanted in zip(served(path, Device())(sample), expected, strict=True):  # type: ignore[call-overload]
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_arguments_that_contradict_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
