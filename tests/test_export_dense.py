@@ -7,6 +7,7 @@ import pytest
 from tiny_detector import Exported
 
 from benchmarks.runtime_parts import PARTS, label
+from export.audit import on_paper
 from export.graph import GraphOptions, build_graph
 from export.inspect import parameters
 from export.quantize import chosen_nodes
@@ -50,3 +51,10 @@ def test_int8_chooses_the_same_layers(dense: onnx.ModelProto, default: onnx.Mode
 
 def test_every_part_of_the_graph_has_nodes(dense: onnx.ModelProto) -> None:
     assert set(label(dense).values()) == set(PARTS)
+
+
+def test_on_cuda_nothing_is_copied_between_host_and_device_and_nothing_waits(dense: onnx.ModelProto, default: onnx.ModelProto) -> None:
+    """One such copy would forbid CUDA graphs."""
+    found = on_paper(dense, "cuda", "no GPU needed")
+    assert (found.misplaced, found.copies, found.waits) == ((), (), ())
+    assert not on_paper(default, "cuda", "no GPU needed").passed
