@@ -26,6 +26,7 @@ from service.providers import RuntimeLoadError
 
 BEFORE_USE = frozenset({"DequantizeLinear", "Cast"})
 """Operators that hand a stored weight on to the node that multiplies by it."""
+QUANTISING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 PARTS = ("backbone", "fpn", "rpn", "head")
 ELEMENT_BYTES = {"float": 4, "int64": 8, "bool": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
 
@@ -66,9 +67,12 @@ def part_of(names: Sequence[str]) -> str | None:
 
 
 def parameters(model: onnx.ModelProto) -> Counter[str]:
-    """Numbers stored for each part; what belongs to none is geometry."""
+    """Weights stored for each part, without the scales of quantised ones; what belongs to no part is geometry."""
     count: Counter[str] = Counter()
+    scales = {name for node in model.graph.node if node.op_type in QUANTISING for name in node.input[1:]}
     for tensor in model.graph.initializer:
+        if tensor.name in scales:
+            continue
         count[part_of([tensor.name]) or "other"] += math.prod(tensor.dims)
     return count
 

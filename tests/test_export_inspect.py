@@ -116,6 +116,7 @@ def test_cost_sees_weights_behind_their_quantisation(tmp_path: Path, monkeypatch
     assert price.gmac == {"backbone": 0, "fpn": 0, "rpn": 0, "head": 6 * 5 * 8 / 1e9}
     assert price.peak_bytes == 6 * 8 + 6 * 5 * 4  # the product beside its int8 input
     assert inspect.weight_bytes(model) == 8 * 5 + 4 + 1
+    assert inspect.parameters(model) == {"head": 8 * 5}
 
 
 def test_an_input_with_a_preset_value_is_optional(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
