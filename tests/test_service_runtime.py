@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -334,19 +336,30 @@ def test_golden_check_finds_an_extra_detection():
         check_golden(runtime)
 
 
-def resident_mib() -> float:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024
+TRIMMED = """
+import sys
+from pathlib import Path
+import numpy as np
+from service.runtime import OnnxRuntime
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+runtime = OnnxRuntime(Path(sys.argv[1]), provider="cpu")
+images = np.random.default_rng(0).integers(0, 255, (4, 384, 512, 3), np.uint8)
+sizes_hw = np.array([[384, 512]] * 4, np.int64)
+before = runtime.run(images, sizes_hw)
+held = resident_mib()
+runtime.trim()
+print(held - resident_mib())
+for found, expected in zip(runtime.run(images, sizes_hw), before, strict=True):
+    np.testing.assert_array_equal(found, expected)
+"""
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 def test_trim_gives_a_large_batchs_memory_back_and_changes_no_answer():
-    runtime = OnnxRuntime(next((ROOT / "model_repository").glob("*/1/model.onnx")), provider="cpu")
-    images = np.random.default_rng(0).integers(0, 255, (4, 384, 512, 3), np.uint8)
-    sizes_hw = np.array([[384, 512]] * 4, np.int64)
-    before = runtime.run(images, sizes_hw)
-    held = resident_mib()
-    runtime.trim()
-    assert resident_mib() < held - 50
-    for found, expected in zip(runtime.run(images, sizes_hw), before, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    file = next((ROOT / "model_repository").glob("*/1/model.onnx"))
+    # in a process of its own: in this one malloc may serve the batch from memory that earlier tests freed
+    done = subprocess.run([sys.executable, "-c", TRIMMED, str(file)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 50

@@ -187,6 +187,7 @@ async function takeSample() {
 // camera: one picture in flight at a time, each shown with its own boxes
 
 function stopCamera() {
+  if (camera) busy(false); // a frame that was being grabbed may never come
   camera?.close();
   camera = null;
   $("camera-button").textContent = "Camera";
