@@ -22,9 +22,11 @@ import onnx
 from rich.table import Table
 
 from export.console import wide_console
+from export.cuda_kernels import counted
+from export.model_file import operator_set, read
 from export.placement import HOST, HOST_OUTPUTS, Placement, place
 from export.profiling import NodeRun, profile
-from service.manifest import Bucket, ManifestError, parse_manifest
+from service.manifest import Bucket, ManifestError
 from service.providers import PROVIDER_NAMES, RuntimeLoadError
 from service.tensorrt import EXCLUDED_OPS
 
@@ -137,8 +139,7 @@ def on_paper(model: onnx.ModelProto, provider: str, reason: str) -> Audit:
         PlacedNode(node.name, node.op_type, _under(provider, node.op_type, where))
         for node, where in zip(model.graph.node, placed.providers, strict=True)
     )
-    problems = Counter(placed.problems.values())
-    misplaced = tuple(f"{count} x {problem}" for problem, count in sorted(problems.items()))
+    misplaced = tuple(counted(placed.problems.values()))
     copies = tuple(str(copy) for copy in placed.copies)
     waits = _waits(node.op_type for node in model.graph.node)
     return Audit(provider, nodes, misplaced, copies, waits, _notes(model, provider, placed), reason)
@@ -151,7 +152,7 @@ def _under(provider: str, op: str, where: str) -> str:
 
 def _notes(model: onnx.ModelProto, provider: str, placed: Placement) -> tuple[str, ...]:
     used = Counter(node.op_type for node in model.graph.node)
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    opset = operator_set(model)
     notes = []
     if used["RoiAlign"] and opset >= 16:
         notes.append(f"RoiAlign of opset {opset}: on CUDA since ONNX Runtime 1.25, before that it falls to the CPU")
@@ -193,8 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     console = wide_console()
     try:
-        properties = {entry.key: entry.value for entry in onnx.load(options.file).metadata_props}
-        bucket = parse_manifest(properties, str(options.file)).input.buckets[0]
+        bucket = read(options.file)[1].input.buckets[0]
         found = audit(options.file, options.provider, bucket, batch_size=options.batch_size)
     except (OSError, ManifestError, RuntimeLoadError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -134,12 +134,6 @@ def make_start_optional(model: onnx.ModelProto, state_width: int) -> None:
     model.graph.initializer.append(onnx.numpy_helper.from_array(default, NMS_START))
 
 
-def required_inputs(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the inputs that a caller must give."""
-    defaults = {initializer.name for initializer in model.graph.initializer}
-    return tuple(value.name for value in model.graph.input if value.name not in defaults)
-
-
 def state_width(model: onnx.ModelProto) -> int | None:
     """C of a graph with dense NMS; None where there is no certificate."""
     return next((int(value.dims[1]) for value in model.graph.initializer if value.name == NMS_START), None)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
+
+from export.model_file import operator_set
 
 REGISTRY = Path(__file__).with_name("cuda_kernels.json")
 FOLDED = frozenset({"Constant"})
@@ -29,15 +32,15 @@ def registry() -> tuple[str, dict[str, list[Row]]]:
     return str(found["onnxruntime"]), {op: [(first, last, types) for first, last, types in rows] for op, rows in found["kernels"].items()}
 
 
-def without_kernel(model: onnx.ModelProto) -> list[str]:
-    """One sentence for every kind of node that CUDA cannot run; empty if it runs them all."""
-    problems = Counter(problem for problem in problem_of_each(model) if problem is not None)
-    return [f"{count} x {problem}" for problem, count in sorted(problems.items())]
+def counted(problems: Iterable[str | None]) -> list[str]:
+    """One sentence for every kind of problem, with the number of nodes that have it."""
+    counts = Counter(problem for problem in problems if problem is not None)
+    return [f"{count} x {problem}" for problem, count in sorted(counts.items())]
 
 
 def problem_of_each(model: onnx.ModelProto) -> list[str | None]:
     """For every node, in the order of the file: why CUDA cannot run it, or None."""
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    opset = operator_set(model)
     types = element_types(model)
     return [None if node.op_type in FOLDED else _problem(node, opset, types) for node in model.graph.node]
 

@@ -25,9 +25,10 @@ import onnxruntime as ort
 from rich.console import Console
 
 from export.console import wide_console
+from export.model_file import read
 from service.device_errors import first_line
 from service.loading import MODEL_FILE
-from service.manifest import Bucket, ManifestError, parse_manifest
+from service.manifest import Bucket, ManifestError
 from service.providers import (
     PROVIDER_NAMES,
     RuntimeLoadError,
@@ -126,8 +127,7 @@ def build(
     Raises:
         RuntimeLoadError, ManifestError, BuildError: sentences for the user; no plan was written.
     """
-    model = onnx.load(path)
-    manifest = parse_manifest({entry.key: entry.value for entry in model.metadata_props}, str(path))
+    model, manifest = read(path)
     if manifest.nms != "dense":
         raise BuildError(f"{path}: how many boxes reach its head depends on the picture, and an engine needs known shapes; {DENSE_HINT}")
     folder = engine_folder(path, engine_key(path, device_id))

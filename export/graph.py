@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from export import certificate, trim
 from export.certificate import CertifiedDetector
+from export.model_file import required_inputs
 from export.nms import TRANSLATIONS, onnx_nms
 from export.opset import OLDEST, TRACED, OpsetError, lower_to_17
 from export.precision import FIRST_OPSET, Kind, set_types
@@ -181,7 +182,7 @@ def _trace(detector: FasterRCNN | CertifiedDetector, opset: int) -> Any:
 def graph_problems(model: onnx.ModelProto) -> list[str]:
     """What in a graph breaks the contract that any ONNX Runtime build can serve it; empty if nothing does."""
     problems = []
-    inputs, outputs = certificate.required_inputs(model), tuple(value.name for value in model.graph.output)
+    inputs, outputs = required_inputs(model), tuple(value.name for value in model.graph.output)
     if inputs != INPUTS or outputs not in (OUTPUTS, (*OUTPUTS, NMS_CONVERGED, NMS_STATE)):
         problems.append(f"the graph maps {inputs} to {outputs}, expected {INPUTS} to {OUTPUTS}")
     used = Counter(node.op_type for node in model.graph.node)

@@ -17,11 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from export.console import Parser, error_console, wide_console
+from export.model_file import read, required_inputs
 from export.precision import described
 from export.profiling import NodeRun, profile
 from export.report import accuracy_in_words
 from export.target import find_version
-from service.manifest import Bucket, Manifest, ManifestError, dump_manifest, parse_manifest
+from service.manifest import Bucket, Manifest, ManifestError, dump_manifest
 from service.providers import RuntimeLoadError
 
 BEFORE_USE = frozenset({"DequantizeLinear", "Cast"})
@@ -156,17 +157,6 @@ def show(path: Path, console: Console) -> None:
         console.print(f"GMAC and activations were not measured, since the file does not run on this machine's CPU: {unknown}", markup=False)
 
 
-def read(path: Path) -> tuple[onnx.ModelProto, Manifest]:
-    """A file with its manifest.
-
-    Raises:
-        ManifestError: it has none.
-        DecodeError: it is no ONNX file.
-    """
-    model = onnx.load(path)
-    return model, parse_manifest({entry.key: entry.value for entry in model.metadata_props}, str(path))
-
-
 def _facts(manifest: Manifest, path: Path, model: onnx.ModelProto) -> Table:
     spec, parity = manifest.input, manifest.parity
     rows = {
@@ -196,11 +186,11 @@ def _interface(model: onnx.ModelProto) -> Table:
     table = Table(title="inputs and outputs")
     for name in ("name", "type", "shape"):
         table.add_column(name)
-    preset = {tensor.name for tensor in model.graph.initializer}
+    optional = {value.name for value in model.graph.input} - {*required_inputs(model)}
     for value in [*model.graph.input, *model.graph.output]:
         kind = value.type.tensor_type
         shape = ", ".join(str(dim.dim_value or dim.dim_param) for dim in kind.shape.dim)
-        name = f"{value.name} (optional)" if value.name in preset else value.name
+        name = f"{value.name} (optional)" if value.name in optional else value.name
         table.add_row(name, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))), escape(f"[{shape}]"))
     return table
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx
 
 from export.cuda_kernels import element_types, problem_of_each
+from export.model_file import required_inputs
 
 HOST, DEVICE = "CPUExecutionProvider", "CUDAExecutionProvider"
 HOST_OUTPUTS = frozenset({"Shape", "Size"})
@@ -66,7 +67,7 @@ def place(model: onnx.ModelProto) -> Placement:
 def _host_nodes(model: onnx.ModelProto, without_kernel: set[int]) -> set[int]:
     """Indices of the nodes that the CPU computes; the file's order is topological."""
     types = element_types(model)
-    free = _inputs(model) | {"", *_small_constants(model)}
+    free = {"", *required_inputs(model), *_small_constants(model)}
     host_values: set[str] = set()
     nodes = set()
     for index, node in enumerate(model.graph.node):
@@ -84,11 +85,6 @@ def _host_nodes(model: onnx.ModelProto, without_kernel: set[int]) -> set[int]:
     return nodes
 
 
-def _inputs(model: onnx.ModelProto) -> set[str]:
-    """Those without a default."""
-    return {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
-
-
 def _small_constants(model: onnx.ModelProto) -> Iterator[str]:
     for tensor in model.graph.initializer:
         if math.prod(tensor.dims) <= SMALL_CONSTANT:
@@ -100,7 +96,7 @@ def _small_constants(model: onnx.ModelProto) -> Iterator[str]:
 
 def _copies(model: onnx.ModelProto, on_host: set[int]) -> Iterator[Copy]:
     made_by = {name: index for index, node in enumerate(model.graph.node) for name in node.output if node.op_type != "Constant"}
-    inputs = _inputs(model)
+    inputs = required_inputs(model)
     readers: dict[str, dict[bool, list[str]]] = {}
     for index, node in enumerate(model.graph.node):
         for position, name in enumerate(node.input):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
     from tiny_detector import Exported
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,3 +39,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     from tiny_detector import export_tiny  # torch, only for the tests that need it
 
     return export_tiny(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def dense_graph(exported: Exported) -> ModelProto:
+    """The tiny detector's graph with dense NMS, which takes half a minute to trace; nobody may change it."""
+    from export.graph import GraphOptions, build_graph
+
+    return build_graph(exported.detector, GraphOptions(nms="dense"))

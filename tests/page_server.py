@@ -119,6 +119,16 @@ class PageServer:
         except httpx.TransportError:
             return False
 
+    def occupy(self, picture: bytes) -> threading.Thread:
+        """Let a picture hold the device until `runtime.gate` is set. Gives the thread that waits for its answer."""
+        while self.runtime.entered.acquire(blocking=False):  # runs of the warm-up
+            pass
+        self.runtime.gate.clear()
+        asking = threading.Thread(target=self.detect, args=(picture,))
+        asking.start()
+        assert self.runtime.entered.acquire(timeout=WAIT_S)
+        return asking
+
     def stop(self) -> None:
         """Stop serving and free the port."""
         assert self._thread is not None

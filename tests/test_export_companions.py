@@ -15,7 +15,6 @@ from tritonclient.grpc import model_config_pb2
 from export.agreement import Tally
 from export.card import CardFacts, model_card
 from export.certificate import state_width
-from export.graph import GraphOptions, build_graph
 from export.report import markdown, table
 from export.triton import continue_config, triton_config
 from export.verify import FREE, CaseResult, Gates, Report
@@ -65,12 +64,11 @@ def test_triton_searches_convolutions_as_the_service_does(manifest: Manifest) ->
         assert strategies[int(told["arena_extend_strategy"].string_value)] == options["arena_extend_strategy"]
 
 
-def test_triton_config_of_dense_nms_lists_the_certificate(manifest: Manifest, exported: Exported) -> None:
-    model = build_graph(exported.detector, GraphOptions(nms="dense"))
-    width = state_width(model)
+def test_triton_config_of_dense_nms_lists_the_certificate(manifest: Manifest, exported: Exported, dense_graph: onnx.ModelProto) -> None:
+    width = state_width(dense_graph)
     assert width == len(exported.detector.config.anchors.sizes) * 100 + 200
     assert state_width(onnx.load(exported.file)) is None
-    known = io_of(ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]))
+    known = io_of(ort.InferenceSession(dense_graph.SerializeToString(), providers=["CPUExecutionProvider"]))
     types = model_config_pb2.DataType
     onnx_types = {
         types.TYPE_FP32: "tensor(float)",

@@ -10,7 +10,11 @@ import pytest
 from conftest import ROOT
 from onnx import TensorProto, helper
 
-from export.cuda_kernels import registry, without_kernel
+from export.cuda_kernels import counted, problem_of_each, registry
+
+
+def without_kernel(model: onnx.ModelProto) -> list[str]:
+    return counted(problem_of_each(model))
 
 
 def one_node(op: str, kind: int = TensorProto.FLOAT, *, opset: int = 18, inputs: int = 1, **attributes: object) -> onnx.ModelProto:

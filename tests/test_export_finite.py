@@ -11,7 +11,7 @@ import pytest
 from tiny_detector import Exported
 
 from export import pictures
-from export.graph import GraphOptions, build_graph, save
+from export.graph import save
 from service.errors import InferenceFailed
 from service.inference import ImageDetections, split
 from service.runtime import Detections, OnnxRuntime
@@ -38,12 +38,14 @@ def ask(file: Path) -> list[ImageDetections | InferenceFailed]:
 
 
 @pytest.fixture(scope="module", params=["onnx", "dense"])
-def written(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def written(
+    request: pytest.FixtureRequest, exported: Exported, dense_graph: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """Writes the tiny detector's graph with a poisoned weight."""
     published = OnnxRuntime(exported.file, provider="cpu")
     manifest = published.manifest
     published.close()
-    model = onnx.load(str(exported.file)) if request.param == "onnx" else build_graph(exported.detector, GraphOptions(nms="dense"))
+    model = onnx.load(str(exported.file)) if request.param == "onnx" else dense_graph
     folder = tmp_path_factory.mktemp("poisoned")
 
     def write(weight: str, number: float) -> Path:

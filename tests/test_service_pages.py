@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from page_server import KNOWN, KnownRuntime, OpenPage, PageServer, png, show
 from PIL import Image
-from service_fakes import WAIT_S
 
 from docs.screenshots import DESKTOP, PHONE
 from service import drawing
@@ -192,12 +190,7 @@ def test_overload_is_waited_for_in_plain_sight(open_page: OpenPage) -> None:
     busy = PageServer(max_queue_images=1, max_batch_size=1)
     try:
         page = open_page(at=busy, allow="status of 429")
-        while busy.runtime.entered.acquire(blocking=False):  # runs of the warm-up
-            pass
-        busy.runtime.gate.clear()
-        first = threading.Thread(target=busy.detect, args=(png(),))
-        first.start()
-        assert busy.runtime.entered.acquire(timeout=WAIT_S)
+        first = busy.occupy(png())
         page.locator("#file").set_input_files({"name": "slide.png", "mimeType": "image/png", "buffer": png()})
         expect(page.locator(".notice.wait")).to_contain_text(re.compile(r"Trying again in \d+ s"))
         expect(page.locator("#stage")).to_have_attribute("aria-busy", "true")

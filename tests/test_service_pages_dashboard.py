@@ -6,7 +6,6 @@ import contextlib
 import io
 import math
 import re
-import threading
 from collections.abc import Callable
 
 import httpx
@@ -15,7 +14,6 @@ import pytest
 from page_server import KnownRuntime, OpenPage, PageServer, png
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from service_fakes import WAIT_S
 
 from docs import screenshots
 
@@ -62,12 +60,7 @@ def test_dashboard_tells_refusals_from_mistakes_of_clients(open_page: OpenPage) 
     try:
         page = open_page("dashboard", at=busy)
         expect(page.locator("#seen")).to_have_text(re.compile("Live"))
-        while busy.runtime.entered.acquire(blocking=False):  # runs of the warm-up
-            pass
-        busy.runtime.gate.clear()
-        first = threading.Thread(target=busy.detect, args=(png(),))
-        first.start()
-        assert busy.runtime.entered.acquire(timeout=WAIT_S)
+        first = busy.occupy(png())
         for _ in range(3):
             assert httpx.post(f"{busy.url}v1/detect", content=png()).status_code == 429
         assert httpx.post(f"{busy.url}v1/detect?colour=red", content=png()).status_code == 422

@@ -1,0 +1,31 @@
+"""What several of export's tools ask of an ONNX file, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from service.manifest import Manifest, parse_manifest
+
+
+def read(path: Path) -> tuple[onnx.ModelProto, Manifest]:
+    """A file with its manifest.
+
+    Raises:
+        ManifestError: it has none.
+        DecodeError: it is no ONNX file.
+    """
+    model = onnx.load(path)
+    return model, parse_manifest({entry.key: entry.value for entry in model.metadata_props}, str(path))
+
+
+def required_inputs(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the inputs that a caller must give."""
+    defaults = {initializer.name for initializer in model.graph.initializer}
+    return tuple(value.name for value in model.graph.input if value.name not in defaults)
+
+
+def operator_set(model: onnx.ModelProto) -> int:
+    """Version of the standard operators."""
+    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
