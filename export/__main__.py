@@ -14,7 +14,7 @@ from export import compare, engines, inspect
 from export.accuracy import GateFailed
 from export.calibration import PICTURE_TYPES, calibration_files, picture_files, read_picture
 from export.card import CardFacts
-from export.console import Parser, error_console, wide_console
+from export.console import Parser, error_console, positive, wide_console
 from export.graph import DEFAULT_OPSET, OPSETS, ExportError, GraphOptions
 from export.job import Job, export
 from export.pictures import Picture
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="with torchvision:NAME: its state dict, instead of fetching it")
     parser.add_argument("--name", required=True, help="model's name: lower case letters, digits, '.', '_', '-'")
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="model repository (default: model_repository)")
-    parser.add_argument("--version", type=_positive, help="version number (default: the next free one)")
+    parser.add_argument("--version", type=positive, help="version number (default: the next free one)")
     add_detector_settings(parser)
     graph = parser.add_argument_group("graph")
     graph.add_argument(
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     int8.add_argument("--calibrate", type=Path, metavar="PATH", help="folder of pictures, or data set, to measure activations on")
     int8.add_argument("--calibrate-split", default="train", help="the data set's split to calibrate on (default: train)")
     int8.add_argument(
-        "--calibrate-pictures", type=_positive, default=64, metavar="N", help="this many, evenly spread over what is there (default: 64)"
+        "--calibrate-pictures", type=positive, default=64, metavar="N", help="this many, evenly spread over what is there (default: 64)"
     )
     proof = parser.add_argument_group("proof")
     proof.add_argument(
@@ -215,13 +215,6 @@ def _pictures(folder: Path) -> list[Picture]:
     if not paths:
         raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_TYPES))}) in {folder}")
     return [read_picture(path) for path in paths]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1, 2, 3, ..., got {text}")
-    return number
 
 
 def _as_interrupt(signum: int, frame: FrameType | None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +20,17 @@ from typing import Any
 import onnx
 from rich.table import Table
 
-from export.console import wide_console
+from export.console import Parser, error_console, positive, wide_console
 from export.cuda_kernels import counted
 from export.model_file import operator_set, read
 from export.placement import HOST, HOST_OUTPUTS, Placement, place
 from export.profiling import NodeRun, profile
-from service.manifest import Bucket, ManifestError
+from export.target import add_repository_argument, find_version
+from service.manifest import Bucket
 from service.providers import PROVIDER_NAMES, RuntimeLoadError
 from service.tensorrt import EXCLUDED_OPS
 
+STATUSES = "Exit status: 0 passed, 1 an error, 2 the audit failed, 64 a mistake on the command line."
 HOST_SYNC = {
     "NonMaxSuppression": "copies a count to the host for every image and class; export with --nms dense to avoid it",
     "NonZero": "the size of its output is known only on the host",
@@ -180,12 +181,13 @@ def table(found: Audit) -> Table:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m export.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m export.audit", description=__doc__, epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="model.onnx of an exported version")
+    parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
+    add_repository_argument(parser)
     parser.add_argument("--provider", choices=sorted(PROVIDER_NAMES), default="cpu", help="where it should run (default: cpu)")
-    parser.add_argument("--batch-size", type=int, default=1, help="images of the profiled batch (default: 1)")
+    parser.add_argument("--batch-size", type=positive, default=1, help="images of the profiled batch (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, node by node")
     return parser
 
@@ -194,10 +196,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     console = wide_console()
     try:
-        bucket = read(options.file)[1].input.buckets[0]
-        found = audit(options.file, options.provider, bucket, batch_size=options.batch_size)
-    except (OSError, ManifestError, RuntimeLoadError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        path = find_version(options.file, options.repository)
+        bucket = read(path)[1].input.buckets[0]
+        found = audit(path, options.provider, bucket, batch_size=options.batch_size)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+    except (OSError, ValueError, RuntimeLoadError) as error:
+        error_console().print(f"error: {error}", markup=False)
         return 1
     console.print(table(found))
     named = (
@@ -212,9 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found.unmeasured is not None:
         console.print(f"nothing was run: {found.unmeasured}", markup=False)
     console.print("passed" if found.passed else "failed", "" if found.unmeasured is None else "(on paper)")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
-    return 0 if found.passed else 1
+    return 0 if found.passed else 2
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from export.compare_report import check_folder, tables, write_report
 from export.comparison import Bounds, Comparison, Version
 from export.console import Parser, error_console, wide_console
 from export.evaluate import answer_one
-from export.target import find_version
+from export.target import add_repository_argument, find_version
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet
 from model.evaluation import add_data_arguments, open_data, percentiles_ms, progress_bar
@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("b", metavar="B", help="the version after")
     parser.add_argument("data", metavar="DATA", type=Path, help="folder of the data set: VOC, COCO or CSV")
     add_data_arguments(parser, split="test")
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="where names are looked up (model_repository)")
+    add_repository_argument(parser)
     parser.add_argument("--score-threshold", type=_share, default=0.5, help="least score of a detection that agreement is about (0.5)")
     parser.add_argument("--provider", choices=("auto", "tensorrt", "cuda", "cpu"), default="auto", help="execution provider (auto)")
     parser.add_argument("--out", type=Path, default=Path("comparison"), metavar="FOLDER", help="where the report goes (comparison)")

@@ -23,6 +23,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE_STATUS, f"{self.prog}: error: {message}\n")
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts from 1."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected 1, 2, 3, ..., got {text!r}")
+    return int(text)
+
+
 def wide_console() -> Console:
     """As wide as the terminal, or wide enough for every table where there is none."""
     console = Console(soft_wrap=True)

@@ -12,7 +12,6 @@ are only TensorRT's provider knows: it names them when it refuses a session. The
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,11 +23,11 @@ import onnx
 import onnxruntime as ort
 from rich.console import Console
 
-from export.console import wide_console
+from export.console import Parser, error_console, positive, wide_console
 from export.model_file import read
+from export.target import add_repository_argument, find_version
 from service.device_errors import first_line
-from service.loading import MODEL_FILE
-from service.manifest import Bucket, ManifestError
+from service.manifest import Bucket
 from service.providers import (
     PROVIDER_NAMES,
     RuntimeLoadError,
@@ -179,19 +178,13 @@ def _run_once(session: Any, bucket: Bucket, size: int, console: Console) -> None
     console.print(f"{bucket[0]}x{bucket[1]}, {size} images: first run {first_ms:.0f} ms, then {second_ms:.1f} ms", highlight=False)
 
 
-def model_file(given: Path) -> Path:
-    """A version folder or a file -> the file."""
-    return given / MODEL_FILE if given.is_dir() else given
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m export build-engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", type=Path, help="version folder, or its model.onnx")
+    parser = Parser(prog="python -m export build-engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
+    add_repository_argument(parser)
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     parser.add_argument(
-        "--max-batch", type=int, default=16, help="largest batch; DETECTOR_MAX_BATCH_SIZE may not be above it (default: 16)"
+        "--max-batch", type=positive, default=16, help="largest batch; DETECTOR_MAX_BATCH_SIZE may not be above it (default: 16)"
     )
     parser.add_argument("--again", action="store_true", help="build although engines for this machine are there")
     return parser
@@ -199,20 +192,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    if options.max_batch < 1:
-        print("error: --max-batch must be at least 1", file=sys.stderr)
-        return 1
     try:
         provider_candidates("tensorrt", NO_OTHER)
         build(
-            model_file(options.path),
+            find_version(options.file, options.repository),
             device_id=options.device,
             max_batch_size=options.max_batch,
             console=wide_console(),
             again=options.again,
         )
-    except (RuntimeLoadError, ManifestError, BuildError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RuntimeLoadError, BuildError, ValueError, OSError) as error:
+        error_console().print(f"error: {error}", markup=False)
         return 1
     return 0
 

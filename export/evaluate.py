@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.console import Parser
+from export.console import Parser, positive
 from export.remote import PictureRefused, RemoteAnswer, RemoteDetector, RemoteError, is_url
 from export.target import find_version
 from model.data.images import ImageError
@@ -206,14 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
     service = parser.add_argument_group("a service")
     service.add_argument("--model", help="`name` or `name@version`; the service's first model where left out")
     service.add_argument("--api-key", metavar="KEY", help="where the service asks for one; @FILE reads it from a file")
-    service.add_argument("--concurrency", type=_positive, default=4, help="requests under way at a time (default: 4)")
+    service.add_argument("--concurrency", type=positive, default=4, help="requests under way at a time (default: 4)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected 1, 2, 3, ..., got {text!r}")
-    return int(text)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,7 +20,7 @@ from export.model_file import read, required_inputs
 from export.precision import described
 from export.profiling import NodeRun, profile
 from export.report import accuracy_in_words
-from export.target import find_version
+from export.target import add_repository_argument, find_version
 from service.manifest import Bucket, Manifest, ManifestError, dump_manifest
 from service.providers import RuntimeLoadError
 
@@ -200,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m export inspect", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="where names are looked up (model_repository)")
+    add_repository_argument(parser)
     parser.add_argument("--manifest", action="store_true", help="print the manifest's JSON alone")
     return parser
 
@@ -214,9 +213,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print_json(dump_manifest(read(path)[1]))
         else:
             show(path, console)
-    except DecodeError:
-        error_console().print(f"error: {path} is no ONNX file, or not a whole one", markup=False)
-        return 1
     except KNOWN as error:
         error_console().print(f"error: {error}", markup=False)
         return 1

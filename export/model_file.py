@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from service.manifest import Manifest, parse_manifest
+from service.manifest import Manifest, ManifestError, parse_manifest
 
 
 def read(path: Path) -> tuple[onnx.ModelProto, Manifest]:
     """A file with its manifest.
 
     Raises:
-        ManifestError: it has none.
-        DecodeError: it is no ONNX file.
+        ManifestError: it has none, or is no ONNX file.
     """
-    model = onnx.load(path)
+    try:
+        model = onnx.load(path)
+    except DecodeError as error:
+        raise ManifestError(f"{path} is no ONNX file, or not a whole one") from error
     return model, parse_manifest({entry.key: entry.value for entry in model.metadata_props}, str(path))
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from service.loading import MODEL_FILE, find_models, parse_reference
+
+
+def add_repository_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that says where a target's name is looked up."""
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="where names are looked up (model_repository)")
 
 
 def find_version(target: str, repository: Path) -> Path:

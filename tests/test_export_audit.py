@@ -48,6 +48,23 @@ def test_a_measured_run_that_stays_on_the_device_passes() -> None:
     assert found.passed, "arithmetic of shapes is known by the graph, whatever its type"
 
 
+def test_the_command_takes_a_version_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([DEMO.parents[1].name, "--repository", str(DEMO.parents[2])]) == 0
+    assert "passed" in capsys.readouterr().out
+
+
+def test_the_command_says_what_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(DEMO.read_bytes()[:1000])
+    assert main([str(broken)]) == 1
+    assert "is no ONNX file, or not a whole one" in capsys.readouterr().err
+    assert main([DEMO.as_posix(), "--json", str(tmp_path / "none" / "audit.json")]) == 1
+    assert "none/audit.json" in capsys.readouterr().err
+    for mistake in (["--batch-size", "0"], ["--provider", "gpu"]):
+        with pytest.raises(SystemExit, match="64"):
+            main([str(broken), *mistake])
+
+
 @pytest.mark.parametrize(
     ("node", "sentence"),
     [
@@ -133,7 +150,7 @@ def test_json_lists_every_node_of_a_measured_run(tmp_path: Path, capsys: pytest.
     assert "passed" in capsys.readouterr().out
 
 
-def test_the_command_ends_with_one_where_a_node_would_leave_the_device(
+def test_the_command_ends_with_two_where_a_node_would_leave_the_device(
     demo: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
@@ -153,7 +170,7 @@ def test_the_command_ends_with_one_where_a_node_would_leave_the_device(
     )
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
-    assert main([str(path), "--provider", "cuda"]) == 1
+    assert main([str(path), "--provider", "cuda"]) == 2
     said = capsys.readouterr().out.replace("\n", " ")
     assert "off the device: 1 x Tile on bool" in said
     assert "nothing was run: provider 'cuda' was asked for" in said

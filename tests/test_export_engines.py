@@ -160,4 +160,5 @@ def test_the_command_says_in_a_sentence_what_is_missing_here(monkeypatch: pytest
     folder = next((ROOT / "model_repository").glob("*/1"))
     assert engines.main([str(folder)]) == 1
     assert "'tensorrt' was asked for, but this build of ONNX Runtime does not hold it" in capsys.readouterr().err
-    assert engines.main([str(folder), "--max-batch", "0"]) == 1
+    with pytest.raises(SystemExit, match="64"):
+        engines.main([str(folder), "--max-batch", "0"])
