@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from service.device_errors import first_line
 from service.quota import cpu_quota
 
 PROVIDER_NAMES = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+
+FP32_ONLY = ("NVIDIA_TF32_OVERRIDE", "0")
+"""TF32, on by default, would round every fp32 product to ten bits; who wants speed exports fp16.
+
+CUDA's provider has an option for it. TensorRT's has none, and NVIDIA's libraries read this variable once, when they are loaded.
+"""
 
 
 class RuntimeLoadError(RuntimeError):
@@ -69,7 +76,7 @@ def provider_stack(
         "device_id": device_id,
         "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE stalls at every new shape
         "arena_extend_strategy": "kSameAsRequested",  # few fixed shapes: growing by powers of two only wastes memory
-        "use_tf32": "0",  # on by default, it would round every fp32 product to ten bits; who wants speed exports fp16
+        "use_tf32": "0",  # see FP32_ONLY
     }
     if memory_limit is not None:
         cuda["gpu_mem_limit"] = memory_limit
@@ -106,8 +113,10 @@ def strict_session(model: Path | bytes, options: ort.SessionOptions, stack: list
     Left to itself, ONNX Runtime's Python class opens the session anew without a provider that fails, at opening and in a run as well:
     an engine that cannot be built would look like one that was.
     """
-    if stack != [PROVIDER_NAMES["cpu"]] and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN out of the nvidia-* wheels
+    if stack != [PROVIDER_NAMES["cpu"]]:
+        os.environ.setdefault(*FP32_ONLY)
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN out of the nvidia-* wheels
     return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=stack, enable_fallback=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from service_onnx import write_model
 from test_service_runtime import BATCHES, random_batch
 
 from service.binding import BOUND_SHAPES, GRAPH_ID, BoundSession, HostBuffer, full_size, pinned_buffer
-from service.providers import PROVIDER_NAMES, RuntimeLoadError, provider_stack
+from service.providers import PROVIDER_NAMES, RuntimeLoadError, provider_stack, session_options, strict_session
 from service.runtime import OUTPUTS, OnnxRuntime
 from service.tensorrt import EnginePlan
 
@@ -235,6 +236,18 @@ def test_shapes_are_recorded_only_where_cuda_itself_runs_the_file(tmp_path, monk
     with pytest.raises(RuntimeLoadError, match="seen enough"):
         OnnxRuntime(write_model(tmp_path), provider=provider, cuda_graphs=True)
     assert asked == expected
+
+
+@pytest.mark.parametrize(("provider", "given", "expected"), [("cpu", None, None), ("tensorrt", None, "0"), ("tensorrt", "1", "1")])
+def test_nvidias_libraries_are_told_to_leave_fp32_alone_before_they_load(provider, given, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", given or "")
+    if given is None:
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    seen = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: seen.append(os.environ.get("NVIDIA_TF32_OVERRIDE")), raising=False)
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, **__: seen.append(os.environ.get("NVIDIA_TF32_OVERRIDE")))
+    strict_session(write_model(tmp_path), session_options(provider), provider_stack(provider))
+    assert set(seen) == {expected}
 
 
 def test_cuda_options_are_those_for_few_fixed_shapes():
