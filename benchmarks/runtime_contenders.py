@@ -65,7 +65,7 @@ class CannotTakePart(RuntimeError):
 
 
 def open_session(model: bytes | Path, device: Device) -> ort.InferenceSession:
-    """ONNX Runtime with the options of the service, but for idle threads, which wait in a loop as by its own default.
+    """ONNX Runtime with the options of the service.
 
     Raises:
         CannotTakePart: the provider is not there, or does not load.
@@ -73,7 +73,7 @@ def open_session(model: bytes | Path, device: Device) -> ort.InferenceSession:
     wanted = PROVIDER_NAMES[device.provider]
     if wanted not in ort.get_available_providers():
         raise CannotTakePart(f"this build of ONNX Runtime has no {wanted}")
-    options = session_options(device.provider, device.threads, spinning=True)
+    options = session_options(device.provider, device.threads)
     session = strict_session(model, options, provider_stack(device.provider))
     if session.get_providers()[0] != wanted:
         raise CannotTakePart(f"{wanted} did not load its libraries")

@@ -90,12 +90,11 @@ def provider_stack(
     return [(PROVIDER_NAMES["tensorrt"], dict(tensorrt or {})), (PROVIDER_NAMES["cuda"], cuda), cpu]
 
 
-def session_options(provider: str, intra_op_threads: int | None = None, *, spinning: bool = False) -> ort.SessionOptions:
+def session_options(provider: str, intra_op_threads: int | None = None) -> ort.SessionOptions:
     """Options of a session that the service would open.
 
     Args:
         intra_op_threads: None: 1 on a GPU, the container's quota on a CPU.
-        spinning: idle threads wait in a loop. Not in the service: such a pool takes the CPU that the decoders need.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -103,7 +102,9 @@ def session_options(provider: str, intra_op_threads: int | None = None, *, spinn
     options.inter_op_num_threads = 1
     if provider == "tensorrt":  # it optimises its parts itself, and the plan of its engines names the file's own tensors
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    # Within a run, threads wait for the next node in a loop, since waking them takes longer; after it they leave the CPU to the decoders.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 

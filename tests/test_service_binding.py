@@ -250,6 +250,12 @@ def test_nvidias_libraries_are_told_to_leave_fp32_alone_before_they_load(provide
     assert set(seen) == {expected}
 
 
+def test_threads_spin_within_a_run_and_leave_the_cpu_after_it():
+    options = session_options("cpu")
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_cuda_options_are_those_for_few_fixed_shapes():
     (name, options), fallback = provider_stack("cuda", device_id=1, memory_limit=1 << 30, cuda_graphs=True)
     assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
