@@ -182,9 +182,9 @@ def plot(story: Story, series: dict[str, Any], path: Path) -> None:
     axes[-1].set_xlabel("seconds")
     for axis in axes:
         _shade(axis, story, start, series["end"])
-    for number, (name, at) in enumerate(story.phases):
-        if not _is_calm(name):
-            axes[0].annotate(name, (at - start, 1.02 + 0.09 * (number // 2 % 2)), xycoords=("data", "axes fraction"), fontsize=8)
+    named = [(name, at - start) for name, at in story.phases if not _is_calm(name)]
+    for number, (name, at) in enumerate(named):  # in steps, so that short phases leave each other's names room
+        axes[0].annotate(name, (at, 1.02 + 0.09 * (number % 3)), xycoords=("data", "axes fraction"), fontsize=8)
     _save(figure, path, dpi=90)
     plt.close(figure)
 
