@@ -250,9 +250,10 @@ def test_nvidias_libraries_are_told_to_leave_fp32_alone_before_they_load(provide
     assert set(seen) == {expected}
 
 
-def test_threads_spin_within_a_run_and_leave_the_cpu_after_it():
+def test_threads_spin_for_a_moment_within_a_run_and_leave_the_cpu_after_it():
     options = session_options("cpu")
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "50"
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
