@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from export import compare, engines, inspect
 from export.accuracy import GateFailed
 from export.calibration import PICTURE_TYPES, calibration_files, picture_files, read_picture
 from export.card import CardFacts
-from export.console import Parser, error_console, positive, wide_console
+from export.console import Parser, error_console, interrupted, interruptible, positive, wide_console
 from export.graph import DEFAULT_OPSET, OPSETS, ExportError, GraphOptions
 from export.job import Job, export
 from export.pictures import Picture
@@ -144,9 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return engines.main(given[1:])
     options = build_parser().parse_args(given)
     console, errors = wide_console(), error_console()
-    previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        with checkpoint_file(options.checkpoint, options.weights) as options.checkpoint:
+        with interruptible(), checkpoint_file(options.checkpoint, options.weights) as options.checkpoint:
             export(_job(options, f"python -m export {shlex.join(given)}"), console)
     except GateFailed as verdict:
         errors.print(f"error: the file does not answer as the network does; nothing was published\n{verdict}", markup=False)
@@ -155,10 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"error: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
-        errors.print("interrupted; nothing was published")
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        return interrupted("nothing was published")
     return 0
 
 
@@ -215,10 +209,6 @@ def _pictures(folder: Path) -> list[Picture]:
     if not paths:
         raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_TYPES))}) in {folder}")
     return [read_picture(path) for path in paths]
-
-
-def _as_interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

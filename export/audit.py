@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 from rich.table import Table
 
-from export.console import Parser, error_console, positive, wide_console
+from export.console import Parser, error_console, interrupted, interruptible, positive, wide_console
 from export.cuda_kernels import counted
 from export.model_file import operator_set, read
 from export.placement import HOST, HOST_OUTPUTS, Placement, place
@@ -30,7 +30,7 @@ from service.manifest import Bucket
 from service.providers import PROVIDER_NAMES, RuntimeLoadError
 from service.tensorrt import EXCLUDED_OPS
 
-STATUSES = "Exit status: 0 passed, 1 an error, 2 the audit failed, 64 a mistake on the command line."
+STATUSES = "Exit status: 0 passed, 1 an error, 2 the audit failed, 64 a mistake on the command line, 130 interrupted."
 HOST_SYNC = {
     "NonMaxSuppression": "copies a count to the host for every image and class; export with --nms dense to avoid it",
     "NonZero": "the size of its output is known only on the host",
@@ -196,14 +196,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     console = wide_console()
     try:
-        path = find_version(options.file, options.repository)
-        bucket = read(path)[1].input.buckets[0]
-        found = audit(path, options.provider, bucket, batch_size=options.batch_size)
-        if options.json is not None:
-            options.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+        with interruptible():
+            path = find_version(options.file, options.repository)
+            bucket = read(path)[1].input.buckets[0]
+            found = audit(path, options.provider, bucket, batch_size=options.batch_size)
+            if options.json is not None:
+                options.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     except (OSError, ValueError, RuntimeLoadError) as error:
         error_console().print(f"error: {error}", markup=False)
         return 1
+    except KeyboardInterrupt:
+        return interrupted("nothing was judged")
     console.print(table(found))
     named = (
         ("off the device", found.misplaced),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
@@ -13,6 +17,10 @@ LOG_WIDTH = 150
 
 USAGE_STATUS = 64
 """Exit status of a command that was typed wrong (`EX_USAGE` of sysexits): argparse's own 2 means a broken gate or bound here."""
+
+INTERRUPTED_STATUS = 130
+"""Exit status after Ctrl-C, `kill` or a closed terminal: what a shell itself reports for SIGINT."""
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,3 +47,35 @@ def wide_console() -> Console:
 def error_console() -> Console:
     """Where sentences about failures go."""
     return Console(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block SIGTERM and a closed terminal raise KeyboardInterrupt, as Ctrl-C does, so that scratch folders are removed.
+
+    What the caller had ignored stays ignored: under nohup a closed terminal ends nothing. Only for the main thread, as all of `signal`.
+    """
+    heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in heard:  # a closed terminal tells twice, through the kernel and the shell: the second must not stop the tidying up
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def interrupted(outcome: str) -> int:
+    """Say what the interrupt left or did not leave.
+
+    Returns:
+        The exit status.
+    """
+    with suppress(OSError):  # the terminal may be what is gone
+        error_console().print(f"interrupted; {outcome}", markup=False)
+    return INTERRUPTED_STATUS

@@ -23,7 +23,7 @@ import onnx
 import onnxruntime as ort
 from rich.console import Console
 
-from export.console import Parser, error_console, positive, wide_console
+from export.console import Parser, error_console, interrupted, interruptible, positive, wide_console
 from export.model_file import read
 from export.target import add_repository_argument, find_version
 from service.device_errors import first_line
@@ -193,17 +193,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        provider_candidates("tensorrt", NO_OTHER)
-        build(
-            find_version(options.file, options.repository),
-            device_id=options.device,
-            max_batch_size=options.max_batch,
-            console=wide_console(),
-            again=options.again,
-        )
+        with interruptible():
+            provider_candidates("tensorrt", NO_OTHER)
+            build(
+                find_version(options.file, options.repository),
+                device_id=options.device,
+                max_batch_size=options.max_batch,
+                console=wide_console(),
+                again=options.again,
+            )
     except (RuntimeLoadError, BuildError, ValueError, OSError) as error:
         error_console().print(f"error: {error}", markup=False)
         return 1
+    except KeyboardInterrupt:
+        return interrupted("the service uses no engines that were not built to the end")
     return 0
 
 

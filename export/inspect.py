@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.console import Parser, error_console, wide_console
+from export.console import Parser, error_console, interrupted, interruptible, wide_console
 from export.model_file import read, required_inputs
 from export.precision import described
 from export.profiling import NodeRun, profile
@@ -36,7 +36,7 @@ EXAMPLES = """examples:
   python -m export inspect runs/before/model.onnx --manifest
 
 The cost is measured: the file runs once at every bucket, on the CPU. Where it cannot run there (bf16), the rest is shown.
-Exit status: 0 shown, 1 an error, 64 a mistake on the command line.
+Exit status: 0 shown, 1 an error, 64 a mistake on the command line, 130 interrupted.
 """
 KNOWN = (ManifestError, RuntimeLoadError, ValueError, OSError)
 """What ends with one sentence instead of a traceback."""
@@ -208,12 +208,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     console = wide_console()
     try:
-        path = find_version(options.file, options.repository)
-        if options.manifest:
-            console.print_json(dump_manifest(read(path)[1]))
-        else:
-            show(path, console)
+        with interruptible():
+            path = find_version(options.file, options.repository)
+            if options.manifest:
+                console.print_json(dump_manifest(read(path)[1]))
+            else:
+                show(path, console)
     except KNOWN as error:
         error_console().print(f"error: {error}", markup=False)
         return 1
+    except KeyboardInterrupt:
+        return interrupted("the file was not shown to the end")
     return 0

@@ -115,7 +115,7 @@ def test_interrupt_leaves_nothing(exported: Exported, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signal_to_the_real_process_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     checkpoint, repository = save_tiny(tmp_path / "best.pt"), tmp_path / "models"
     command = [sys.executable, "-m", "export", str(checkpoint), "--name", "tiny", "--repository", str(repository)]
