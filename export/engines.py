@@ -38,7 +38,7 @@ from service.providers import (
     session_options,
     strict_session,
 )
-from service.tensorrt import EnginePlan, Range, Shape, corners, engine_folder, engine_key, input_ranges, load_plan
+from service.tensorrt import PLAN_FILE, EnginePlan, Range, Shape, corners, engine_folder, engine_key, input_ranges, load_plan
 
 MISSING_RANGES = "Following input(s) has no associated shape profiles provided:"
 """The words of ONNX Runtime's TensorRT provider, before a list of names."""
@@ -136,6 +136,7 @@ def build(
         console.print(f"already built for up to {there.max_batch_size} images: {folder}", highlight=False)
         return there
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN_FILE).unlink(missing_ok=True)  # first of all: a build that ends early leaves engines of two builds
     plan = EnginePlan(folder, buckets, max_batch_size, {**input_ranges(buckets, max_batch_size), **fixed_ranges(model)})
     session, plan = _open_in_rounds(path, model, plan, device_id, console, opener)
     for bucket in buckets:

@@ -139,6 +139,22 @@ def test_a_failed_build_leaves_no_plan(tmp_path: Path) -> None:
         require_engines(path, 0)
 
 
+@pytest.mark.parametrize("end", [RuntimeLoadError("TensorRT ran out of memory"), KeyboardInterrupt()])
+def test_a_rebuild_that_ends_early_leaves_no_plan(end: BaseException, tmp_path: Path) -> None:
+    path = write_model(tmp_path, nms="dense")
+    plan = build(path, device_id=0, max_batch_size=4, console=console(), opener=StandIn())
+
+    def stop(path: Path, plan: EnginePlan, device_id: int) -> object:
+        (plan.folder / "part.engine").write_bytes(b"of the second build")
+        raise end
+
+    with pytest.raises((BuildError, KeyboardInterrupt)):
+        build(path, device_id=0, max_batch_size=8, console=console(), opener=stop)
+    assert load_plan(plan.folder) is None
+    build(path, device_id=0, max_batch_size=2, console=console(), opener=StandIn())
+    assert require_engines(path, 0).max_batch_size == 2
+
+
 def test_asking_twice_for_the_same_ranges_ends(tmp_path: Path) -> None:
     def ask(path: Path, plan: EnginePlan, device_id: int) -> object:
         raise RuntimeLoadError("cannot open") from RuntimeError(MESSAGE + "pixels")
