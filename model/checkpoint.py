@@ -7,7 +7,6 @@ commit, epoch, metrics) and, where training can go on from the file, "resume".
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from model.config import DetectorConfig, config_from_dict, to_dict
 from model.faster_rcnn import FasterRCNN, build_detector
 from model.overrides import with_detector_settings
+from model.tensor_file import read_tensor_file
 
 FORMAT = 1
 
@@ -88,15 +88,7 @@ def load_checkpoint(path: Path, settings: Sequence[str] = ()) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; a training run writes best.pt and last.pt into its folder")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint: training writes tensors and plain values, and a file with anything else in it, "
-            "which could run code, is not read"
-        ) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+    content = read_tensor_file(path, lambda reason: CheckpointError(f"{path} is not a whole checkpoint: {reason}"))
     if not isinstance(content, dict) or not {"format", "detector", "config", "training"} <= content.keys():
         raise CheckpointError(f"{path} holds no detector of this project; expected the keys format, detector, config, training")
     if content["format"] != FORMAT:

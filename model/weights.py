@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from model.backbones import Backbone
 from model.roi_heads import BoxHead
+from model.tensor_file import read_tensor_file
 
 BOOKKEEPING = "num_batches_tracked"
 
@@ -32,10 +31,7 @@ def load_state(path: Path, *, option: str = "--backbone-weights") -> dict[str, T
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights {path} not found; give a torchvision state dict, for example with {option} FILE")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path} is no state dict: {str(error).partition(chr(10))[0]}") from error
+    loaded = read_tensor_file(path, lambda reason: WeightsError(f"{path} is no state dict: {reason}"))
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError(f"{path} is no state dict: expected names with tensors")
     return dict(loaded)
