@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from service.device_calls import Place, here
+from service.device_errors import DeviceLost, first_line
+from service.errors import Draining, NotReady
 from service.golden import GoldenMismatch, check_golden
 from service.host_memory import release_freed_memory
 from service.manifest import Bucket, Manifest, ManifestError
@@ -20,6 +22,11 @@ from service.warm_up import warm_up
 MODEL_FILE = "model.onnx"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
+
+KNOWN = (RuntimeLoadError, ManifestError, GoldenMismatch)
+"""Why a version must not serve, as a sentence for the operator: another version may."""
+NOT_OF_THE_VERSION = (DeviceLost, Draining, NotReady)
+"""What ends a load whatever is loaded: the device is gone, or the service stops."""
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +145,8 @@ class Loader:
                 only the thread that made it. Any other runtime is warmed here, beside the batches of the version that serves.
 
         Raises:
-            RuntimeLoadError, ManifestError, GoldenMismatch: it must not serve, and why.
+            RuntimeLoadError, ManifestError, GoldenMismatch: it must not serve, and why; a file that opens and then fails in a run too.
+            DeviceLost, Draining, NotReady: this process can load nothing any more, whatever the version.
         """
         path = self.root / name / version / MODEL_FILE
         started = time.perf_counter()
@@ -147,21 +155,14 @@ class Loader:
         except OSError as error:
             raise RuntimeLoadError(f"{path}: cannot be read: {error.strerror}") from error
         runtimes: dict[int, Runtime] = {}
-        costs: CostTable = {}
         try:
-            for index, device in enumerate(self._devices):
-                if index in self._lost:
-                    continue
-                runtime = runtimes[index] = self._open_runtime(path, device, self._max_batch_size)
-                place = place_of(index) if isinstance(runtime, OnnxRuntime) and runtime.graphs else here
-                costs = _slower(costs, warm_up(runtime, self._max_batch_size, place, fills_up=runtime.provider != "cpu"))
-                place(partial(check_golden, runtime))
-                if isinstance(runtime, OnnxRuntime):
-                    runtime.trim()
-        except Exception:
+            costs = self._prepare(path, runtimes, place_of)
+        except Exception as error:
             for runtime in runtimes.values():
                 runtime.close()
-            raise
+            if isinstance(error, (*KNOWN, *NOT_OF_THE_VERSION)):
+                raise
+            raise _cannot_run(path, error) from error
         finally:
             release_freed_memory()  # of the warm-up's large batches
         if not runtimes:
@@ -170,22 +171,42 @@ class Loader:
         _warn_of_other_identity(loaded.manifest, name, version)
         return loaded
 
+    def _prepare(self, path: Path, runtimes: dict[int, Runtime], place_of: Callable[[int], Place]) -> CostTable:
+        """A runtime of each device that is left: opened into `runtimes`, where the caller finds what to close, then warmed and checked."""
+        costs: CostTable = {}
+        for index, device in enumerate(self._devices):
+            if index in self._lost:
+                continue
+            runtime = runtimes[index] = self._open_runtime(path, device, self._max_batch_size)
+            place = place_of(index) if isinstance(runtime, OnnxRuntime) and runtime.graphs else here
+            costs = _slower(costs, warm_up(runtime, self._max_batch_size, place, fills_up=runtime.provider != "cpu"))
+            place(partial(check_golden, runtime))
+            if isinstance(runtime, OnnxRuntime):
+                runtime.trim()
+        return costs
+
     def load_newest(self, name: str, place_of: Callable[[int], Place]) -> LoadedVersion:
         """The newest version that is valid; each one that is not is logged with its reason.
 
         Raises:
-            NoModel: none is, with the reason of each.
+            NoModel: none is, with the reason of each. DeviceLost, Draining, NotReady: no version could be tried to its end.
         """
         reasons = []
         for version in find_models(self.root).get(name, []):
             try:
                 return self.load(name, version, place_of)
-            except (RuntimeLoadError, ManifestError, GoldenMismatch) as error:
+            except KNOWN as error:
                 logger.error("model %s version %s is not served: %s", name, version, error)
                 reasons.append(f"version {version}: {_load_error(error)}")
         raise NoModel(
             f"model {name!r} has no version that can be served; " + ("; ".join(reasons) or f"no {MODEL_FILE} in {self.root / name}")
         )
+
+
+def _cannot_run(path: Path, error: Exception) -> RuntimeLoadError:
+    """The reason in the library's own words, where it had any: `InferenceFailed` around them speaks to who sent an image."""
+    logger.debug("%s fails in its first runs", path, exc_info=error)
+    return RuntimeLoadError(f"{path}: it cannot run: {first_line(error.__cause__ or error)}")
 
 
 def _slower(costs: CostTable, others: CostTable) -> CostTable:

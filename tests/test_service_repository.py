@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import threading
 
@@ -9,8 +10,10 @@ from service_fakes import WAIT_S, make_settings, picture, run, running, sample, 
 from service_onnx import write_model
 
 from service.app import create_app
-from service.errors import LoadFailed, ModelNotFound
-from service.loading import NoModel, find_models, parse_reference, require_models
+from service.device_calls import here
+from service.errors import Draining, LoadFailed, ModelNotFound, NotReady
+from service.loading import Loader, NoModel, find_models, parse_reference, require_models
+from service.runtime import DeviceLost, OnnxRuntime, RuntimeLoadError
 
 PNG = {"content-type": "image/png"}
 
@@ -70,6 +73,75 @@ def test_the_newest_valid_version_serves(tmp_path):
             assert len(model["versions"][0]["sha256"]) == 64
             labels = {"model": "blobs", "version": "2", "sha256": model["versions"][0]["sha256"], "provider": "cpu"}
             assert sample(app, "detector_model_info", **labels) == 1
+
+    run(scenario())
+
+
+def test_a_version_that_opens_and_cannot_run_is_passed_over_and_closed(tmp_path, caplog):
+    write_model(tmp_path, version="1")
+    write_model(tmp_path, version="2", runs=False)
+    opened = []
+
+    def open_runtime(path, device, largest_batch):
+        opened.append(OnnxRuntime(path, provider="cpu", intra_op_threads=1))
+        return opened[-1]
+
+    loader = Loader(tmp_path, open_runtime, devices=[0], max_batch_size=2)
+    loaded = loader.load_newest("blobs", lambda index: here)
+    assert loaded.version == "1"
+    assert [runtime._session is None for runtime in opened] == [True, False]
+    assert re.search(r"version 2 is not served: .*blobs/2/model.onnx: it cannot run: .*Reshape", caplog.text)
+    assert "send it once more" not in caplog.text  # that is for who sent an image
+    loaded.close()
+
+
+@pytest.mark.parametrize("where", ["run", "trim"])
+def test_whatever_a_runtime_raises_makes_its_version_one_that_cannot_run(tmp_path, where):
+    path = write_model(tmp_path)
+    runtime = OnnxRuntime(path, provider="cpu", intra_op_threads=1)
+
+    def fail(*_):
+        raise ValueError("Fail: the arena is in two minds\nand a second line")
+
+    setattr(runtime, where, fail)
+    with pytest.raises(RuntimeLoadError, match=r"model.onnx: it cannot run: Fail: the arena is in two minds$"):
+        Loader(tmp_path, lambda *_: runtime, devices=[0], max_batch_size=2).load("blobs", "1", lambda index: here)
+    assert runtime._session is None
+
+
+@pytest.mark.parametrize("error", [DeviceLost("off the bus"), Draining("stopping"), NotReady("no device")])
+def test_what_no_other_version_would_mend_ends_the_load(tmp_path, error):
+    write_model(tmp_path, version="1")
+    write_model(tmp_path, version="2")
+    opened = []
+
+    def open_runtime(path, device, largest_batch):
+        opened.append(OnnxRuntime(path, provider="cpu", intra_op_threads=1))
+        opened[-1].run = fail
+        return opened[-1]
+
+    def fail(*_):
+        raise error
+
+    with pytest.raises(type(error)):
+        Loader(tmp_path, open_runtime, devices=[0], max_batch_size=2).load_newest("blobs", lambda index: here)
+    assert [runtime._session for runtime in opened] == [None]
+
+
+def test_a_device_that_is_lost_in_a_warm_up_still_ends_the_process(tmp_path, monkeypatch):
+    write_model(tmp_path, version="1")
+    write_model(tmp_path, version="2")
+
+    def lost(*_):
+        raise DeviceLost("CUDA failure 700: an illegal memory access was encountered")
+
+    monkeypatch.setattr(OnnxRuntime, "run", lost)
+
+    async def scenario():
+        app = app_on(tmp_path)
+        async with running(app, ready=False):
+            await asyncio.wait_for(app.state.parts.health.ended.wait(), WAIT_S)
+            assert app.state.parts.health.exit_code == 4
 
     run(scenario())
 
@@ -167,6 +239,7 @@ def test_in_flight_requests_finish_on_the_old_version(tmp_path):
         (lambda path: path.write_bytes(path.read_bytes()[:-500]), "model.onnx"),
         (lambda path: path.write_bytes(b""), "cannot open it"),
         (lambda path: write_model(path.parents[2], version="2", golden_score=0.2), "golden image 0"),
+        (lambda path: write_model(path.parents[2], version="2", runs=False), "model.onnx: it cannot run: "),
     ],
 )
 def test_a_failing_load_leaves_the_old_version_and_says_why(tmp_path, break_it, words):
@@ -244,8 +317,11 @@ def test_watching_takes_new_versions_tries_a_broken_file_once_and_respects_a_rol
             await repository.rollback("blobs")
             await asyncio.sleep(0.2)
             assert await versions_that_answer(client) == "blobs@1"
-            write_model(tmp_path, version="3")
-            await until(lambda: repository.resolve(None).version == "3")
+            write_model(tmp_path / "aside", version="3", runs=False).parent.rename(tmp_path / "blobs" / "3")
+            await until(lambda: sample(app, "detector_reloads_total", outcome="failed") == 2)
+            assert await versions_that_answer(client) == "blobs@1"
+            write_model(tmp_path, version="4")
+            await until(lambda: repository.resolve(None).version == "4")
 
     run(scenario())
 
