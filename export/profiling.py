@@ -13,10 +13,12 @@ import numpy as np
 import onnxruntime as ort
 
 from export import pictures
+from service.device_errors import first_line
 from service.manifest import Bucket
 from service.providers import (
     PROVIDER_NAMES,
     ProviderMissing,
+    RuntimeLoadError,
     missing_sentence,
     open_session,
     provider_candidates,
@@ -56,19 +58,17 @@ def profile(
         threads: 0: as many as the service would take.
 
     Raises:
-        RuntimeLoadError: the provider is not here (ProviderMissing), TensorRT has no engines for the file, or it cannot be opened.
+        RuntimeLoadError: the provider is not here (ProviderMissing), TensorRT has no engines for the file, it cannot be opened, or the
+            batch does not run.
     """
-    images = np.stack([pictures.smear(bucket, seed) for seed in range(batch_size)])
-    feed = {"images": images, "image_sizes_hw": np.array([bucket] * batch_size, dtype=np.int64)}
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         options = session_options(provider, threads or None)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "run")
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = _open(path, provider, options, images.shape)
-        for _ in range(WARM_RUNS + runs):
-            session.run(OUTPUTS, feed)
+        session = _open(path, provider, options, (batch_size, *bucket, 3))
+        _run(session, path, bucket, batch_size, WARM_RUNS + runs)
         events = json.loads(Path(session.end_profiling()).read_text())
     return _averaged(events, WARM_RUNS, runs)
 
@@ -84,6 +84,17 @@ def _open(path: Path, provider: str, options: ort.SessionOptions, shape: Sequenc
     if session.get_providers()[0] != PROVIDER_NAMES[provider]:
         raise ProviderMissing(missing_sentence(provider, "its libraries or its device did not load"))
     return session
+
+
+def _run(session: ort.InferenceSession, path: Path, bucket: Bucket, batch_size: int, times: int) -> None:
+    try:
+        images = np.stack([pictures.smear(bucket, seed) for seed in range(batch_size)])
+        feed = {"images": images, "image_sizes_hw": np.array([bucket] * batch_size, dtype=np.int64)}
+        for _ in range(times):
+            session.run(OUTPUTS, feed)
+    except Exception as error:  # ONNX Runtime's have no common class, and either side may run out of memory
+        height, width = bucket
+        raise RuntimeLoadError(f"{path}: a batch of {batch_size} at {height}x{width} does not run: {first_line(error)}") from error
 
 
 def _averaged(events: Iterable[dict[str, Any]], skipped: int, runs: int) -> list[NodeRun]:

@@ -14,6 +14,7 @@ from conftest import ROOT
 from onnx import TensorProto, helper
 from service_onnx import write_model
 
+from export import inspect
 from export.audit import audit, judge, main, on_paper
 from export.profiling import NodeRun, profile
 from service.providers import PROVIDER_NAMES, ProviderMissing, RuntimeLoadError, open_session, provider_stack
@@ -126,6 +127,50 @@ def test_what_is_in_the_build_but_does_not_load_is_audited_on_paper(tmp_path: Pa
     monkeypatch.setattr("export.profiling.require_engines", _no_engines)
     with pytest.raises(RuntimeLoadError, match="no TensorRT engines"):
         profile(path, (96, 160), provider="tensorrt")
+
+
+def fails_in_a_run(folder: Path) -> Path:
+    """A whole file that opens, and whose Reshape then meets a picture that it was not made for."""
+    path = write_model(folder)
+    model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([7, 11], np.int64), "only_77"))
+    sizes = helper.make_node("Reshape", ["image_sizes_hw", "only_77"], ["reshaped"], name="reshape")
+    result = model.graph.output[2].name
+    producer = next(node for node in model.graph.node if result in node.output)
+    producer.output[list(producer.output).index(result)] = "labels_before"
+    wrong = helper.make_node("ReduceMax", ["reshaped"], ["largest"], keepdims=0)
+    model.graph.node.extend([sizes, wrong, helper.make_node("Add", ["labels_before", "largest"], [result])])
+    onnx.save(model, path)
+    return path
+
+
+def test_a_batch_that_does_not_run_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = fails_in_a_run(tmp_path)
+    with pytest.raises(RuntimeLoadError, match=r"model\.onnx: a batch of 3 at 96x160 does not run: .*Reshape"):
+        profile(path, (96, 160), batch_size=3)
+    assert main([str(path)]) == 1
+    assert "does not run" in capsys.readouterr().err
+    assert inspect.main([str(path)]) == 0  # what needs no run is shown
+    assert "were not measured" in capsys.readouterr().out
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("export.profiling.pictures.smear", no_memory)
+    with pytest.raises(RuntimeLoadError, match="does not run: MemoryError"):
+        profile(path, (96, 160), batch_size=3)
+
+
+def test_what_opens_on_the_device_but_does_not_run_there_is_audited_on_paper_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_session(fails_in_a_run(tmp_path), "cpu", provider_stack("cpu"))
+    monkeypatch.setattr("export.profiling._open", lambda *_: opened)
+    found = audit(tmp_path / "blobs" / "1" / "model.onnx", "cuda", (96, 160), batch_size=5)
+    assert found.unmeasured is not None
+    assert "a batch of 5 at 96x160 does not run" in found.unmeasured
 
 
 def _no_engines(*_: object) -> None:
