@@ -46,6 +46,7 @@ MOST_PARTS = 32
 """Rounds of asking: each names the inputs of one more part of the graph."""
 
 NO_OTHER = "and TensorRT's library; without a GPU there is nothing to build"
+SMALLER = "where memory is short, give a smaller --max-batch"
 DENSE_HINT = "export the checkpoint with `--nms dense`, or use the CUDA provider"
 
 OpenSession = Callable[[Path, EnginePlan, int], Any]
@@ -172,9 +173,12 @@ def _open_in_rounds(
 def _run_once(session: Any, bucket: Bucket, size: int, console: Console) -> None:
     feed = {"images": np.full((size, *bucket, 3), 114, np.uint8), "image_sizes_hw": np.array([bucket] * size, np.int64)}
     started = time.perf_counter()
-    session.run(None, feed)
-    first = time.perf_counter()
-    session.run(None, feed)
+    try:
+        session.run(None, feed)
+        first = time.perf_counter()
+        session.run(None, feed)
+    except Exception as error:  # ONNX Runtime's have no common class
+        raise BuildError(f"the engines do not run {size} images of {bucket[0]}x{bucket[1]}: {first_line(error)}; {SMALLER}") from error
     second_ms, first_ms = (time.perf_counter() - first) * 1e3, (first - started) * 1e3
     console.print(f"{bucket[0]}x{bucket[1]}, {size} images: first run {first_ms:.0f} ms, then {second_ms:.1f} ms", highlight=False)
 

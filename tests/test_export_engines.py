@@ -155,6 +155,18 @@ def test_a_rebuild_that_ends_early_leaves_no_plan(end: BaseException, tmp_path: 
     assert require_engines(path, 0).max_batch_size == 2
 
 
+def test_engines_that_do_not_run_are_a_sentence(tmp_path: Path) -> None:
+    def run(outputs: object, feed: dict) -> None:
+        if len(feed["images"]) == 4:
+            raise RuntimeError("TensorRT EP execution context enqueue failed.\nmore words")
+
+    def opener(path: Path, plan: EnginePlan, device_id: int) -> object:
+        return SimpleNamespace(run=run, get_providers=lambda: ["TensorrtExecutionProvider"])
+
+    with pytest.raises(BuildError, match=r"do not run 4 images of 96x160: .* enqueue failed\.; where memory is short"):
+        build(write_model(tmp_path, nms="dense"), device_id=0, max_batch_size=4, console=console(), opener=opener)
+
+
 def test_asking_twice_for_the_same_ranges_ends(tmp_path: Path) -> None:
     def ask(path: Path, plan: EnginePlan, device_id: int) -> object:
         raise RuntimeLoadError("cannot open") from RuntimeError(MESSAGE + "pixels")
