@@ -40,7 +40,13 @@ class CaptureGate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For a run that records: waits until everybody else is out."""
+        """For a run that records: waits until everybody else is out.
+
+        Raises:
+            RuntimeError: this thread is within a pass already, so it would wait for itself.
+        """
+        if getattr(self._own, "passed", False):
+            raise RuntimeError("a recording begins outside of any pass through the gate, this thread is within one; leave that first")
         with self._changed:
             self._changed.wait_for(lambda: not self._recording)
             self._recording = True

@@ -229,6 +229,23 @@ def test_who_records_is_alone_and_the_others_are_not():
             future.result(WAIT_S)
 
 
+@pytest.mark.parametrize("outer", ["beside", "alone"])
+def test_a_recording_within_a_pass_is_refused_instead_of_waiting_for_itself(outer):
+    gate, refused, free = CaptureGate(), threading.Event(), threading.Event()
+
+    def nested():
+        with getattr(gate, outer)():
+            with pytest.raises(RuntimeError, match="outside of any pass"), gate.alone():
+                pass
+            refused.set()
+        with gate.alone():  # it left the gate as it was
+            free.set()
+
+    threading.Thread(target=nested, daemon=True).start()  # left behind if it hangs
+    assert refused.wait(WAIT_S)
+    assert free.wait(WAIT_S)
+
+
 def test_a_runtime_records_alone_and_replays_beside_others(tmp_path):
     runtime = recording_runtime(write_model(tmp_path), 0, 4, Notebook(), graphs=True)
     batch = random_batch((3, 96, 160))
