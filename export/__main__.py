@@ -146,10 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible(), checkpoint_file(options.checkpoint, options.weights) as options.checkpoint:
             export(_job(options, f"python -m export {shlex.join(given)}"), console)
     except GateFailed as verdict:
-        errors.print(f"error: the file does not answer as the network does; nothing was published\n{verdict}", markup=False)
+        errors.print(f"error: the file does not answer as the network does; nothing was published\n{verdict}")
         return 2
     except KNOWN as error:
-        errors.print(f"error: {error}", markup=False)
+        errors.print(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return interrupted("nothing was published")

@@ -81,7 +81,7 @@ def compare_accuracy(
     if sentence is not None:
         raise GateFailed(f"{sentence}; {dataset.name}, {len(dataset)} pictures with {boxes} boxes")
     if abs(mine.ap - tight.ap) > PADDING_AP_GATE:
-        console.print(f"[yellow]padding to buckets moves AP by {abs(mine.ap - tight.ap):.4f}, aimed at {PADDING_AP_GATE}[/yellow]")
+        console.print(f"padding to buckets moves AP by {abs(mine.ap - tight.ap):.4f}, aimed at {PADDING_AP_GATE}", style="yellow")
     numbers = {name: {"file": s.file, "network": s.network, "exact_padding": s.exact_padding} for name, s in scores.items()}
     gate = {"checked": True, "ap_drop": scores["ap"].network - scores["ap"].file, "max_ap_drop": MAX_AP_DROP[kind]}
     return {"dataset": dataset.name, "pictures": len(dataset), "boxes": boxes, **numbers, **gate}, mine.to_dict()

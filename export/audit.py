@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.json is not None:
                 options.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     except (OSError, ValueError, RuntimeLoadError) as error:
-        error_console().print(f"error: {error}", markup=False)
+        error_console().print(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return interrupted("nothing was judged")
@@ -216,9 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for words, sentences in named:
         for sentence in sentences:
-            console.print(f"{words}: {sentence}", markup=False)
+            console.print(f"{words}: {sentence}")
     if found.unmeasured is not None:
-        console.print(f"nothing was run: {found.unmeasured}", markup=False)
+        console.print(f"nothing was run: {found.unmeasured}")
     console.print("passed" if found.passed else "failed", "" if found.unmeasured is None else "(on paper)")
     return 0 if found.passed else 2
 

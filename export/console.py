@@ -39,14 +39,16 @@ def positive(text: str) -> int:
 
 
 def wide_console() -> Console:
-    """As wide as the terminal, or wide enough for every table where there is none."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=LOG_WIDTH)
+    """As wide as the terminal, or wide enough for every table where there is none. Brackets and colons are text: class names have them."""
+    console = Console(soft_wrap=True, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
 
 
 def error_console() -> Console:
-    """Where sentences about failures go."""
-    return Console(stderr=True, soft_wrap=True)
+    """Where sentences about failures go; brackets and colons in them are text."""
+    return Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 
 @contextmanager
@@ -77,5 +79,5 @@ def interrupted(outcome: str) -> int:
         The exit status.
     """
     with suppress(OSError):  # the terminal may be what is gone
-        error_console().print(f"interrupted; {outcome}", markup=False)
+        error_console().print(f"interrupted; {outcome}")
     return INTERRUPTED_STATUS

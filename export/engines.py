@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 again=options.again,
             )
     except (RuntimeLoadError, BuildError, ValueError, OSError) as error:
-        error_console().print(f"error: {error}", markup=False)
+        error_console().print(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return interrupted("the service uses no engines that were not built to the end")

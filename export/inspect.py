@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from export.console import Parser, error_console, interrupted, interruptible, wide_console
@@ -153,7 +152,7 @@ def show(path: Path, console: Console) -> None:
     table.add_row("parameters", *(f"{counted[part]:,}" for part in PARTS), f"{sum(counted.values()):,}", "", f"{stored / 1e6:.0f}")
     console.print(table)
     if unknown is not None:
-        console.print(f"GMAC and activations were not measured, since the file does not run on this machine's CPU: {unknown}", markup=False)
+        console.print(f"GMAC and activations were not measured, since the file does not run on this machine's CPU: {unknown}")
 
 
 def _facts(manifest: Manifest, path: Path, model: onnx.ModelProto) -> Table:
@@ -190,7 +189,7 @@ def _interface(model: onnx.ModelProto) -> Table:
         kind = value.type.tensor_type
         shape = ", ".join(str(dim.dim_value or dim.dim_param) for dim in kind.shape.dim)
         name = f"{value.name} (optional)" if value.name in optional else value.name
-        table.add_row(name, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))), escape(f"[{shape}]"))
+        table.add_row(name, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))), f"[{shape}]")
     return table
 
 
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 show(path, console)
     except KNOWN as error:
-        error_console().print(f"error: {error}", markup=False)
+        error_console().print(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return interrupted("the file was not shown to the end")

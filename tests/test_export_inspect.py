@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from rich.console import Console
+from service_onnx import write_model
 from tiny_detector import BUCKETS, Exported
 
 from export import audit as audit_module
@@ -41,6 +42,16 @@ def test_inspect_prints_what_an_operator_asks(exported: Exported, capsys: pytest
         "passed True",
     ):
         assert expected in text
+
+
+def test_names_are_shown_as_they_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets that look like markup, colons that look like emoji."""
+    path = write_model(tmp_path / "[bold]", class_names=["RBC [old]", "[/x]", ":cat: [red]"])
+    assert main(["inspect", str(path)]) == 0
+    assert "1 RBC [old], 2 [/x], 3 :cat: [red]" in capsys.readouterr().out
+    (tmp_path / "[bold]" / "bad.onnx").write_bytes(b"no protobuf at all")
+    assert main(["inspect", str(tmp_path / "[bold]" / "bad.onnx")]) == 1
+    assert "[bold]/bad.onnx is no ONNX file" in capsys.readouterr().err
 
 
 def test_inspect_manifest_is_json(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
