@@ -122,10 +122,11 @@ class OnnxRuntime:
         on_unsettled: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.provider = "cpu"
-        self._path, self._threads, self._on_unsettled = path, intra_op_threads, on_unsettled
+        self._on_unsettled = on_unsettled
         self._session: ort.InferenceSession | None = None
         self._plan: EnginePlan | None = None
         self._cpu_session: ort.InferenceSession | None = None
+        """Only beside TensorRT and a file with certificates: an engine may hold the default masks of NMS as constants."""
         for name in provider_candidates(provider):
             self._plan = require_engines(path, device_id) if name == "tensorrt" else None
             stack = provider_stack(
@@ -159,6 +160,9 @@ class OnnxRuntime:
                 f"{path}: CUDA graphs need a file with dense NMS, this one waits for the host inside; "
                 "export it with `--nms dense`, or unset DETECTOR_CUDA_GRAPHS"
             )
+        if self.provider == "tensorrt" and len(self._outputs) > len(OUTPUTS):
+            # For images without their certificate. Later, it would hold the device up, and the file might be another by then.
+            self._cpu_session = open_session(path, "cpu", provider_stack("cpu"), intra_op_threads)
         on_cpu = self.provider == "cpu"
         self._host = HostBuffer() if on_cpu else pinned_buffer(device_id)
         self._bound = (
@@ -217,11 +221,7 @@ class OnnxRuntime:
         return finish(outputs, images, image_sizes_hw, self._run_from)
 
     def _run_from(self, image: NDArray[np.uint8], size_hw: NDArray[np.int64], state: NDArray[np.bool_]) -> Sequence[NDArray[Any]]:
-        session = self._session
-        if self.provider == "tensorrt":  # an engine may hold the default masks as constants
-            if self._cpu_session is None:
-                self._cpu_session = open_session(self._path, "cpu", provider_stack("cpu"), self._threads)
-            session = self._cpu_session
+        session = self._cpu_session or self._session
         assert session is not None  # run looked
         options = ort.RunOptions()
         if self.graphs:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from service_fakes import make_manifest
+from service_onnx import write_model
 from torch import Tensor, nn
 
 from export.certificate import CertifiedDetector, ResumableNMS
@@ -24,7 +27,9 @@ from model.nms import DENSE_ITERATIONS, INVALID_SCORE, NMS, certified_dense_nms,
 from model.ranking import take_rows, top_rows
 from model.roi_heads import Detections, _select
 from service.manifest import InputSpec
+from service.providers import PROVIDER_NAMES, open_session, provider_stack
 from service.runtime import OnnxRuntime
+from service.tensorrt import EnginePlan
 from service.unsettled import NMS_CONVERGED, NMS_START
 
 LEVELS, COUNT = 2, 40
@@ -261,10 +266,57 @@ def test_one_row_of_masks_serves_every_image() -> None:
     assert nms.certificate()[0].tolist() == [True] * 3
 
 
-def test_a_provider_that_may_hold_the_masks_as_constants_finishes_on_the_cpu(runtime: Opened) -> None:
-    runtime.provider = "tensorrt"
+class Engine:
+    """A session as TensorRT's may be: it answers, and does not look at the masks that it is to go on from."""
+
+    def __init__(self, session: ort.InferenceSession, provider: str) -> None:
+        self._session, self._provider = session, provider
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return [PROVIDER_NAMES[self._provider]]
+
+    def run(self, outputs: list[str], feed: dict[str, Any], *_: Any) -> Any:
+        return self._session.run(outputs, {name: value for name, value in feed.items() if name != NMS_START})
+
+
+@pytest.fixture
+def providers_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Providers of the sessions that were opened, on a machine that has them all."""
+    names: list[str] = []
+
+    def open_one(path: Path, name: str, stack: list[Any], threads: int | None) -> Any:
+        names.append(name)
+        session = open_session(path, "cpu", provider_stack("cpu"), 1)
+        return session if name == "cpu" else Engine(session, name)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: list(PROVIDER_NAMES.values()))
+    monkeypatch.setattr("service.runtime.require_engines", lambda path, device: EnginePlan(tmp_path, (BUCKET,), 2, {}))
+    monkeypatch.setattr("service.runtime.open_session", open_one)
+    return names
+
+
+def test_beside_tensorrt_what_finishes_images_is_opened_before_the_first_request(
+    file: Path, tmp_path: Path, providers_opened: list[str]
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(file.read_bytes())
+    unsettled: list[int] = []
+    runtime = OnnxRuntime(path, provider="tensorrt", intra_op_threads=1, on_unsettled=unsettled.append)
+    assert providers_opened == ["tensorrt", "cpu"]
+    runtime._bound = None  # buffers on the device need one
+    path.write_bytes(b"the next version, half written")
     assert_exact(runtime, np.stack([chain(tied=False), chain(tied=True)]))
-    assert runtime.unsettled == [2]
-    assert runtime._cpu_session is not None
+    assert unsettled == [2]
+    assert providers_opened == ["tensorrt", "cpu"]
     runtime.close()
     assert runtime._cpu_session is None
+
+
+def test_no_second_session_is_opened_where_nothing_needs_it(file: Path, tmp_path: Path, providers_opened: list[str]) -> None:
+    for provider in ("cuda", "cpu"):  # these go on from any masks themselves
+        OnnxRuntime(file, provider=provider, intra_op_threads=1).close()
+    OnnxRuntime(write_model(tmp_path), provider="tensorrt", intra_op_threads=1).close()  # no certificate, nothing to finish
+    assert providers_opened == ["cuda", "cpu", "tensorrt"]
