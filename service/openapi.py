@@ -80,13 +80,17 @@ def error_responses(kinds: tuple[type[errors.DetectorError], ...]) -> dict[int |
     return responses
 
 
-def _option_schemas(without: str | None = None) -> dict[str, dict[str, Any]]:
-    return {name: schema for name, schema in DetectOptions.model_json_schema()["properties"].items() if name != without}
+def _option_schemas(*, many: bool = False) -> dict[str, dict[str, Any]]:
+    """The options of one picture's request, or of a batch's, which is answered in JSON."""
+    schemas: dict[str, dict[str, Any]] = DetectOptions.model_json_schema()["properties"]
+    if many:
+        schemas["format"] |= {"enum": ["json"], "description": "A batch is answered in JSON; pictures with boxes come from /v1/detect."}
+    return schemas
 
 
-def _query_parameters(without: str | None = None) -> list[dict[str, Any]]:
+def _query_parameters(*, many: bool = False) -> list[dict[str, Any]]:
     parameters = []
-    for name, schema in _option_schemas(without).items():
+    for name, schema in _option_schemas(many=many).items():
         schema = dict(schema)
         description = schema.pop("description", "")
         if name == "classes":
@@ -99,16 +103,14 @@ def _binary() -> dict[str, Any]:
     return {"schema": {"type": "string", "format": "binary"}}
 
 
-def _fields(name: str, picture: dict[str, Any], without: str | None = None) -> dict[str, Any]:
+def _fields(name: str, picture: dict[str, Any]) -> dict[str, Any]:
     """A form or JSON object: the picture or pictures, and the options."""
-    properties = {name: picture, **_option_schemas(without)}
+    properties = {name: picture, **_option_schemas(many=name == "images")}
     return {"schema": {"type": "object", "required": [name], "properties": properties, "additionalProperties": False}}
 
 
 _BASE64 = {"type": "string", "contentEncoding": "base64", "description": "A picture's bytes in base64."}
 _FILE = {"type": "string", "format": "binary"}
-_NOT_FOR_MANY = "format"
-"""A batch is answered in JSON."""
 
 DETECT: dict[str, Any] = {
     "response_model": None,
@@ -153,12 +155,12 @@ BATCH: dict[str, Any] = {
         **error_responses(DETECT_ERRORS),
     },
     "openapi_extra": {
-        "parameters": _query_parameters(_NOT_FOR_MANY),
+        "parameters": _query_parameters(many=True),
         "requestBody": {
             "required": True,
             "content": {
-                "multipart/form-data": _fields("images", {"type": "array", "items": _FILE, "minItems": 1}, _NOT_FOR_MANY),
-                "application/json": _fields("images", {"type": "array", "items": _BASE64, "minItems": 1}, _NOT_FOR_MANY),
+                "multipart/form-data": _fields("images", {"type": "array", "items": _FILE, "minItems": 1}),
+                "application/json": _fields("images", {"type": "array", "items": _BASE64, "minItems": 1}),
             },
         },
     },

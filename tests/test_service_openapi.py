@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import re
+from typing import get_args
 
 import onnx
 import pytest
@@ -13,7 +15,7 @@ from test_service_app import PNG, key_file
 
 from service import openapi
 from service.manifest import parse_manifest
-from service.options import OPTION_NAMES
+from service.options import OPTION_NAMES, DetectOptions
 
 
 def test_openapi_describes_what_the_routes_do():
@@ -79,14 +81,21 @@ def test_openapi_and_its_page_know_every_route(admin, tmp_path):
     run(scenario())
 
 
-def test_openapi_of_a_batch_offers_no_drawing():
+def test_openapi_of_a_batch_offers_the_formats_that_it_takes():
     async def scenario():
         async with fake_service() as (client, _, _):
             batch = (await client.get("/openapi.json")).json()["paths"]["/v1/detect/batch"]["post"]
-            wanted = [name for name in OPTION_NAMES if name != "format"]
-            assert [parameter["name"] for parameter in batch["parameters"]] == wanted
-            for content in batch["requestBody"]["content"].values():
-                assert list(content["schema"]["properties"]) == ["images", *wanted]
+            query = {parameter["name"]: parameter["schema"] for parameter in batch["parameters"]}
+            contents = [content["schema"]["properties"] for content in batch["requestBody"]["content"].values()]
+            assert list(query) == list(OPTION_NAMES)
+            assert [list(fields) for fields in contents] == [["images", *OPTION_NAMES]] * 2
+            images = [base64.b64encode(picture()).decode()]
+            for name in get_args(DetectOptions.model_fields["format"].annotation):
+                in_query = await client.post("/v1/detect/batch", params={"format": name}, json={"images": images})
+                in_body = await client.post("/v1/detect/batch", json={"images": images, "format": name})
+                offered = all(name in fields["format"]["enum"] for fields in (query, *contents))
+                assert [in_query.status_code, in_body.status_code] == [200 if offered else 422] * 2, name
+            assert query["format"]["enum"] == ["json"]
 
     run(scenario())
 
