@@ -66,13 +66,13 @@ def part_of(names: Sequence[str]) -> str | None:
 
 
 def parameters(model: onnx.ModelProto) -> Counter[str]:
-    """Weights stored for each part, without the scales of quantised ones; what belongs to no part is geometry."""
+    """Weights stored for each part, without the scales of quantised ones; what belongs to no part is geometry, or a mask of dense NMS."""
     count: Counter[str] = Counter()
     scales = {name for node in model.graph.node if node.op_type in QUANTISING for name in node.input[1:]}
     for tensor in model.graph.initializer:
-        if tensor.name in scales:
-            continue
-        count[part_of([tensor.name]) or "other"] += math.prod(tensor.dims)
+        part = part_of([tensor.name])
+        if part is not None and tensor.name not in scales:
+            count[part] += math.prod(tensor.dims)
     return count
 
 

@@ -165,6 +165,12 @@ def test_parameters_are_those_of_the_network(exported: Exported) -> None:
     assert counted["rpn"] == sum(p.numel() for p in exported.detector.rpn.parameters())
 
 
+def test_both_kinds_of_nms_count_the_same_parameters(exported: Exported, dense_graph: onnx.ModelProto) -> None:
+    model = onnx.load(exported.file)
+    assert inspect.parameters(dense_graph) == inspect.parameters(model)
+    assert inspect.weight_bytes(dense_graph) > inspect.weight_bytes(model)  # the masks take memory all the same
+
+
 def test_audit_on_the_cpu_passes_and_shares_add_up(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = tmp_path / "audit.json"
     assert audit_module.main([str(exported.file), "--json", str(result)]) == 0
