@@ -26,7 +26,7 @@ from export.quantize import chosen_nodes, quantise
 from export.report import markdown, table
 from export.triton import continue_config, triton_config
 from export.verify import FREE, Gates, Report, verify
-from export.version import check_free, next_version, publish, sha256, staged
+from export.version import check_free, check_writable, next_version, publish, sha256, staged
 from model.checkpoint import Checkpoint, load_checkpoint, restore_detector
 from model.config import DetectorConfig
 from model.data.records import DetectionSet
@@ -120,13 +120,15 @@ def check_request(job: Job) -> None:
     """Refuse before any work what could not be proven in the end.
 
     Raises:
-        ExportError, ProviderMissing: with what is missing.
+        ExportError, ProviderMissing, OSError: with what is missing.
     """
     kind = job.graph.precision
     if re.fullmatch(NAME_PATTERN, job.name) is None:
         raise ExportError(
             f"{job.name!r} can be no model's name: lower case letters, digits, '.', '_' and '-' are allowed, a letter or digit comes first"
         )
+    for folder in (job.repository, job.repository / job.name):  # the scratch folder goes to the first, the version to the second
+        check_writable(folder)
     provider_candidates(job.provider)
     if kind == "bf16" and job.provider == "cpu":
         raise ExportError("ONNX Runtime's CPU provider has no kernels for bf16: verify it with --provider cuda, on a machine with a GPU")

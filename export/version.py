@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -9,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+READABLE_FILE, READABLE_FOLDER = 0o644, 0o755
+"""Whatever the umask is: the service's user is another than the one who exports."""
 
 
 class VersionExistsError(ValueError):
@@ -35,10 +39,23 @@ def check_free(repository: Path, name: str, version: int) -> Path:
     return target
 
 
+def check_writable(folder: Path) -> None:
+    """Whether the folder, or else the nearest one above it that exists, takes new entries.
+
+    Raises:
+        OSError: it does not, as a sentence.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"nothing can be published in {folder}: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(f"nothing can be published in {folder}: this user may not write to {nearest}")
+
+
 @contextmanager
 def staged(repository: Path) -> Iterator[Path]:
     """A scratch folder on the repository's own disk; whatever is left of it is gone afterwards, also after Ctrl-C."""
-    repository.mkdir(parents=True, exist_ok=True)
+    _make_folder(repository)
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=repository))
     try:
         yield scratch
@@ -51,16 +68,20 @@ def publish(folder: Path, target: Path) -> None:
 
     Raises:
         VersionExistsError: another export took the number meanwhile.
+        OSError: it cannot be moved there, as a sentence.
     """
     for path in folder.iterdir():
+        path.chmod(READABLE_FILE)
         _flush(path)
+    folder.chmod(READABLE_FOLDER)  # scratch folders are private
     _flush(folder)
-    folder.chmod(0o755)  # scratch folders are private, versions are read by the service's user
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     try:
         folder.rename(target)
     except OSError as error:
-        raise VersionExistsError(f"{target} appeared during the export ({error.strerror}); export again") from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise VersionExistsError(f"{target} appeared during the export ({error.strerror}); export again") from error
+        raise OSError(f"the proven version cannot be moved to {target}: {error.strerror}") from error
     _flush(target.parent)
 
 
@@ -68,6 +89,13 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        made.chmod(READABLE_FOLDER)
 
 
 def _flush(path: Path) -> None:

@@ -184,6 +184,14 @@ def test_a_provider_that_is_not_here_is_refused_before_any_work(exported: Export
     assert left_behind(tmp_path) == []
 
 
+def test_a_repository_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").write_text("in the way")
+    with pytest.raises(OSError, match="tiny is no folder"):
+        export(Job(checkpoint=tmp_path / "never read", name="tiny", repository=tmp_path / "models"), quiet())
+    assert left_behind(tmp_path / "models") == ["tiny"]
+
+
 def test_where_a_file_is_verified(tmp_path: Path) -> None:
     def provider(precision: Kind, verify_on: str | None = None) -> str:
         return Job(tmp_path, "tiny", tmp_path, graph=GraphOptions(opset=22, precision=precision), verify_on=verify_on).provider
