@@ -61,17 +61,18 @@ class DeadlineTimer:
         """Take the clock of the deadlines, in seconds, and what is called when the earliest has passed."""
         self._clock = clock
         self._expire = expire
-        self._handle: asyncio.TimerHandle | None = None
+        self._handle: asyncio.Handle | None = None
+        self._stands_at = 0.0
+        """The deadline that the handle waits for. The handle cannot tell: uvloop gives one without a time for what is due at once."""
 
     def arm(self, deadline: float) -> None:
         """See that `expire` is called no later than soon after this deadline."""
-        loop = asyncio.get_running_loop()
-        delay_s = max(0.0, deadline - self._clock())
         if self._handle is not None:
-            if self._handle.when() <= loop.time() + delay_s:
+            if self._stands_at <= deadline:
                 return
             self._handle.cancel()
-        self._handle = loop.call_later(delay_s, self._ring)
+        self._stands_at = deadline
+        self._handle = asyncio.get_running_loop().call_later(max(0.0, deadline - self._clock()), self._ring)
 
     def cancel(self) -> None:
         if self._handle is not None:

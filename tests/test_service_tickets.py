@@ -10,9 +10,11 @@ from functools import wraps
 from typing import Any
 
 import pytest
+import uvloop
 
 from service.errors import BadImage, DeadlineExceeded, Draining, QueueFull
 from service.scheduler import Observer, Scheduler, Ticket
+from service.tickets import DeadlineTimer
 
 COSTS = {1: 0.001}
 
@@ -106,6 +108,42 @@ async def test_deadlines_hold_before_the_delivery_and_each_in_its_turn() -> None
         await asyncio.to_thread(setting.bring, tickets[2], 3)
         assert (await tickets[2].future).result == 6
         assert setting.ran == [3], "what came too late was not run"
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_deadline_that_is_due_at_once_is_in_nobodys_way(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def scenario() -> None:
+        async with Setting() as setting:
+            due, coming = time.monotonic() - 1.0, time.monotonic() + 30.0
+            late = [setting.scheduler.expect(due) for _ in range(2)]
+            stays = setting.scheduler.expect(coming)
+            for ticket in late:
+                with pytest.raises(DeadlineExceeded):
+                    await asyncio.wait_for(ticket.future, 20.0)
+            await asyncio.to_thread(setting.bring, stays, 1)
+            assert (await stays.future).result == 2
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(scenario())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_the_timer_stands_at_the_earliest_deadline_it_was_told_of(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def scenario() -> None:
+        rang = asyncio.Event()
+        timer = DeadlineTimer(time.monotonic, rang.set)
+        for seconds in (60.0, 0.02, 30.0):
+            timer.arm(time.monotonic() + seconds)
+        await asyncio.wait_for(rang.wait(), 20.0)
+        rang.clear()
+        timer.arm(time.monotonic() + 60.0)  # the one that rang is no longer in its way
+        timer.arm(time.monotonic())
+        await asyncio.wait_for(rang.wait(), 20.0)
+        timer.arm(time.monotonic() + 60.0)
+        timer.cancel()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(scenario())
 
 
 @on_a_loop
