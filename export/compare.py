@@ -7,6 +7,7 @@ Both run on the same pictures through the service's own preprocessing and runtim
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from rich.console import Console
 from export.compare_agreement import ClassAgreement, PictureAgreement, agree, agree_by_class
 from export.compare_report import check_folder, tables, write_report
 from export.comparison import Bounds, Comparison, Version
-from export.console import Parser, error_console, wide_console
-from export.evaluate import answer_one
+from export.console import Parser, error_console, interrupted, interruptible, wide_console
+from export.evaluate import answer_one, told_as
 from export.target import add_repository_argument, find_version
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet
@@ -86,7 +87,8 @@ def compare_versions(
         ]
         dataset = open_dataset(names)
         for side in sides:
-            warm_up(side.runtime, 1)
+            with told_as(f"{side.label}, {side.path}, failed while it warmed up"):
+                warm_up(side.runtime, 1)
         done = _run(sides, dataset, progress(len(dataset)))
         versions = [_version(side, dataset, *measured) for side, measured in zip(sides, done, strict=True)]
     agreements = [
@@ -118,8 +120,9 @@ def _run(sides: Sequence[_Side], dataset: DetectionSet, progress: Callable[[int]
         data = record.path.read_bytes()
         for which in ((0, 1), (1, 0))[number % 2]:
             side, (predictions, preparing, running) = sides[which], measured[which]
-            prepared, prepare_s = _prepare(data, side.runtime)
-            prediction, run_s = answer_one(side.runtime, prepared)
+            with told_as(f"{side.label}, {side.path}, failed on {record.path}"):
+                prepared, prepare_s = _prepare(data, side.runtime)
+                prediction, run_s = answer_one(side.runtime, prepared)
             labels = side.relabel[prediction["labels"]]
             predictions.append(Prediction(boxes=prediction["boxes"], scores=prediction["scores"], labels=labels))
             preparing.append(prepare_s)
@@ -163,16 +166,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("comparison"), metavar="FOLDER", help="where the report goes (comparison)")
     parser.add_argument("--pictures", type=_count, default=12, metavar="N", help="most pictures of disagreements (12)")
     bounds = parser.add_argument_group("bounds, for a pipeline: exit status 2 where one is broken")
-    bounds.add_argument("--max-drop", type=float, metavar="POINTS", help="most that AP may fall from A to B; 0.5 is 0.005 of AP")
-    bounds.add_argument("--max-class-drop", type=float, metavar="POINTS", help="the same for every class that A knows")
+    bounds.add_argument("--max-drop", type=_points, metavar="POINTS", help="most that AP may fall from A to B; 0.5 is 0.005 of AP")
+    bounds.add_argument("--max-class-drop", type=_points, metavar="POINTS", help="the same for every class that A knows")
     return parser
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a score from 0 to 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a score from 0 to 1, got {text!r}")
     return value
+
+
+def _points(text: str) -> float:
+    """A bound that can be broken: nothing is over NaN or infinity."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected hundredths of AP, 0 or more, for example 0.5; got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN where the text is no number, which lies in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _count(text: str) -> int:
@@ -185,13 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     console, errors = wide_console(), error_console()
     try:
-        broken = _compare(options, console)
+        with interruptible():
+            broken = _compare(options, console)
     except KNOWN as error:
         errors.print(f"error: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
-        errors.print("interrupted; no report was written")
-        return 130
+        return interrupted("no report was written; one that was there before is as it was")
     for sentence in broken:
         errors.print(sentence, style="bold red", markup=False)
     return 2 if broken else 0

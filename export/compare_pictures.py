@@ -27,6 +27,7 @@ def draw_disagreements(
     titles: tuple[str, str],
     score_threshold: float,
     count: int,
+    mark: str = "",
 ) -> dict[int, str]:
     """Draws the pictures with the largest disagreement, and only those where there is one.
 
@@ -34,6 +35,7 @@ def draw_disagreements(
         folder: made where it is missing.
         predictions: A's and B's, in the records' order.
         titles: of A and of B.
+        mark: the end of every name, with which they replace no file of an earlier run.
 
     Returns:
         Position of the picture -> name of its file in the folder, largest disagreement first.
@@ -49,7 +51,7 @@ def draw_disagreements(
             drawn = draw_detections(rgb, prediction, dataset.class_names, truth=record.boxes, score_thresh=score_threshold)
             _ring(drawn, [prediction["boxes"][row] for row in alone], drawn.width / rgb.shape[1])
             sides.append(_titled(drawn, title))
-        names[index] = f"{index:05d}_{''.join(c if c.isalnum() or c in '-_.' else '_' for c in record.image_id)}.jpg"
+        names[index] = f"{index:05d}_{''.join(c if c.isalnum() or c in '-_.' else '_' for c in record.image_id)}{mark}.jpg"
         _beside(sides).save(folder / names[index], quality=JPEG_QUALITY)
     return names
 

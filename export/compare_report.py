@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from export.compare_pictures import draw_disagreements
 from export.comparison import UNKNOWN_AP, Comparison, Version
+from model.evaluation import check_new_folder
 from model.metrics.coco import STATS
 
 PAGE, DATA, PICTURES = "index.html", "comparison.json", "pictures"
@@ -43,26 +47,27 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The same for a terminal."""
+    """The same for a terminal. Names are shown letter by letter: in one that holds brackets, rich would see its own markup."""
     drawn = []
     for title, columns, rows in sections(comparison):
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title, style="table.title"), title_justify="left")
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
         drawn.append(table)
     return drawn
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError where a report would replace something that is none."""
+    """Raises ValueError where a report would replace something that is none, or where no folder can be made."""
+    check_new_folder(folder, "--out")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / DATA).is_file())):
         raise ValueError(f"{folder} holds something that is no comparison; choose another folder with --out")
 
 
 def write_report(folder: Path, comparison: Comparison, *, pictures: int) -> Path:
-    """Write the page, the JSON and the pictures; an earlier comparison in the folder is replaced.
+    """Write the page, the JSON and the pictures; an earlier comparison in the folder is replaced at the end, or stays whole.
 
     Returns:
         The page.
@@ -72,20 +77,39 @@ def write_report(folder: Path, comparison: Comparison, *, pictures: int) -> Path
     """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / PICTURES).glob("*.jpg"):
-        old.unlink()
-    names = draw_disagreements(
-        folder / PICTURES,
-        comparison.dataset,
-        (comparison.a.predictions, comparison.b.predictions),
-        comparison.pictures,
-        titles=(comparison.a.title, comparison.b.title),
-        score_threshold=comparison.score_threshold,
-        count=pictures,
-    )
-    (folder / DATA).write_text(json.dumps(to_dict(comparison), indent=2) + "\n")
-    (folder / PAGE).write_text(_page(comparison, names))
+    data, page = folder / f".{DATA}.part", folder / f".{PAGE}.part"
+    try:
+        names = draw_disagreements(
+            folder / PICTURES,
+            comparison.dataset,
+            (comparison.a.predictions, comparison.b.predictions),
+            comparison.pictures,
+            titles=(comparison.a.title, comparison.b.title),
+            score_threshold=comparison.score_threshold,
+            count=pictures,
+            mark=f"-{secrets.token_hex(4)}",
+        )
+        data.write_text(json.dumps(to_dict(comparison), indent=2) + "\n")
+        page.write_text(_page(comparison, names))
+        data.replace(folder / DATA)
+        page.replace(folder / PAGE)
+    finally:
+        data.unlink(missing_ok=True)
+        page.unlink(missing_ok=True)
+        _sweep(folder)
     return folder / PAGE
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the pictures that the page does not show: those of the report that was replaced, or of one that was not finished."""
+    page = (folder / PAGE).read_text() if (folder / PAGE).is_file() else ""
+    for picture in (folder / PICTURES).glob("*.jpg"):
+        if f"{PICTURES}/{picture.name}" not in page:
+            picture.unlink()
+    if not page:
+        for made in (folder / PICTURES, folder):
+            with suppress(OSError):  # not there, or somebody else put something into it
+                made.rmdir()
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:

@@ -8,27 +8,42 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from export.console import Parser, positive
+from export.console import Parser, interrupted, interruptible, positive
 from export.remote import PictureRefused, RemoteAnswer, RemoteDetector, RemoteError, is_url
 from export.target import find_version
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet, Fault, Record
-from model.evaluation import Evaluation, add_data_arguments, add_result_arguments, open_data, percentiles_ms, progress_bar, publish
+from model.evaluation import (
+    Evaluation,
+    add_data_arguments,
+    add_result_arguments,
+    check_results,
+    open_data,
+    percentiles_ms,
+    progress_bar,
+    publish,
+)
 from model.metrics.predictions import Prediction
 from model.metrics.report import Report, evaluate_detections
-from service.errors import DetectorError
+from service.device_errors import DeviceLost, DeviceOutOfMemory, first_line
+from service.errors import DetectorError, InferenceFailed
 from service.images import ImageLimits, Prepared, assemble, prepare, to_original_frame
 from service.manifest import ManifestError
 from service.runtime import OnnxRuntime, Runtime, RuntimeLoadError
 
 AHEAD = 8  # pictures decoded while the network runs
+CONCURRENCY = 4
+PROVIDER = "auto"
+REPOSITORY = Path("model_repository")
 
 EXAMPLES = """examples:
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test --report report
@@ -44,6 +59,25 @@ KNOWN = (DataError, ImageError, ManifestError, RuntimeLoadError, DetectorError, 
 """What ends with one sentence instead of a traceback."""
 
 
+class RunFailed(ValueError):
+    """A file that does not run, or a picture that it does not take: which, on what, and why."""
+
+
+@contextmanager
+def told_as(failure: str) -> Iterator[None]:
+    """What the service would tell a client who sent one picture, told to somebody with files: what failed, and the library's reason.
+
+    Raises:
+        RunFailed: in place of the service's exceptions.
+    """
+    try:
+        yield
+    except (InferenceFailed, DeviceLost, DeviceOutOfMemory) as error:
+        raise RunFailed(f"{failure}: {first_line(error.__cause__ or error)}") from error
+    except DetectorError as error:
+        raise RunFailed(f"{failure}: {error}") from error
+
+
 def answer_one(runtime: Runtime, prepared: Prepared) -> tuple[Prediction, float]:
     """Detections of one picture in the original frame, and the network's seconds; one picture a call, as a lone client would have it."""
     images, sizes_hw = assemble([prepared])
@@ -56,11 +90,15 @@ def answer_one(runtime: Runtime, prepared: Prepared) -> tuple[Prediction, float]
 
 
 def _answers(runtime: Runtime, dataset: DetectionSet, *, exact_padding: bool) -> Iterator[tuple[Prediction, float]]:
-    for prepared in _prepared(runtime, dataset.records):
-        if exact_padding:
-            stride = runtime.manifest.input.stride
-            prepared = replace(prepared, bucket=(-(-prepared.h // stride) * stride, -(-prepared.w // stride) * stride))
-        yield answer_one(runtime, prepared)
+    name = f"{runtime.manifest.name}@{runtime.manifest.version}"
+    for record, pending in zip(dataset.records, _prepared(runtime, dataset.records), strict=True):
+        with told_as(f"{name} failed on {record.path}"):
+            prepared = pending.result()
+            if exact_padding:
+                stride = runtime.manifest.input.stride
+                prepared = replace(prepared, bucket=(-(-prepared.h // stride) * stride, -(-prepared.w // stride) * stride))
+            answer = answer_one(runtime, prepared)
+        yield answer
 
 
 def predict_file(
@@ -79,15 +117,16 @@ def predict_file(
     return predictions
 
 
-def _prepared(runtime: Runtime, records: Sequence[Record]) -> Iterator[Prepared]:
+def _prepared(runtime: Runtime, records: Sequence[Record]) -> Iterator[Future[Prepared]]:
     limits, spec = ImageLimits(), runtime.manifest.input
     with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(prepare, record.path.read_bytes(), spec, limits) for record in records[:AHEAD]]
-        for index in range(len(records)):
-            if index + AHEAD < len(records):
-                pending.append(pool.submit(prepare, records[index + AHEAD].path.read_bytes(), spec, limits))
-            yield pending[index].result()
-            pending[index].cancel()
+        pending: deque[Future[Prepared]] = deque()  # what was used is let go: thousands of decoded pictures fit into no memory
+        for record in records:
+            pending.append(pool.submit(prepare, record.path.read_bytes(), spec, limits))
+            if len(pending) > AHEAD:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
 
 
 def evaluate_file(
@@ -119,14 +158,17 @@ def predict_service(
             future.result()
             progress(done)
         return [future.result() for future in futures]
+    except BaseException:
+        detector.close()  # or the requests under way would go on, with a busy service for minutes
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def run_file(options: argparse.Namespace) -> Evaluation:
     """Evaluate the file that the options name."""
-    path = find_version(options.target, options.repository)
-    runtime = OnnxRuntime(path, provider=options.provider)
+    path = find_version(options.target, options.repository or REPOSITORY)
+    runtime = OnnxRuntime(path, provider=options.provider or PROVIDER)
     try:
         dataset = open_data(options, runtime.manifest.class_names)
         predictions, seconds = [], []
@@ -146,13 +188,14 @@ def run_file(options: argparse.Namespace) -> Evaluation:
 
 def run_service(options: argparse.Namespace) -> Evaluation:
     """Evaluate the service that the options name. With --skip-bad, pictures that it refuses are left out and listed."""
+    concurrency = options.concurrency or CONCURRENCY
     detector = RemoteDetector(options.target, model=options.model, api_key=_key(options.api_key))
     try:
         model = detector.describe()
         dataset = open_data(options, model.class_names)
         started = time.perf_counter()
         with progress_bar(len(dataset), "evaluating") as progress:
-            outcomes = predict_service(detector, dataset, concurrency=options.concurrency, progress=progress)
+            outcomes = predict_service(detector, dataset, concurrency=concurrency, progress=progress)
         elapsed_s = time.perf_counter() - started
     finally:
         detector.close()
@@ -160,7 +203,7 @@ def run_service(options: argparse.Namespace) -> Evaluation:
     speed = {"images_per_s": len(dataset) / elapsed_s, **percentiles_ms([answer.seconds for answer in answers])}
     speed |= {f"service_{stage}_mean_ms": float(np.mean([a.stages_ms[stage] for a in answers])) for stage in ("decode", "queue", "infer")}
     speed["retries"] = float(detector.retries)
-    note = f"over HTTP with {options.concurrency} requests at a time"
+    note = f"over HTTP with {concurrency} requests at a time"
     return Evaluation.of({"url": options.target, "model": model.reference}, dataset, [answer.prediction for answer in answers], speed, note)
 
 
@@ -201,21 +244,21 @@ def build_parser() -> argparse.ArgumentParser:
     add_result_arguments(parser)
     file = parser.add_argument_group("a file")
     file.add_argument("--exact-padding", action="store_true", help="pad to the next multiple of 32 instead of the bucket")
-    file.add_argument("--repository", type=Path, default=Path("model_repository"), help="where names are looked up (model_repository)")
-    file.add_argument("--provider", choices=("auto", "tensorrt", "cuda", "cpu"), default="auto", help="execution provider (default: auto)")
+    file.add_argument("--repository", type=Path, help=f"where names are looked up ({REPOSITORY})")
+    file.add_argument("--provider", choices=("auto", "tensorrt", "cuda", "cpu"), help=f"execution provider (default: {PROVIDER})")
     service = parser.add_argument_group("a service")
     service.add_argument("--model", help="`name` or `name@version`; the service's first model where left out")
     service.add_argument("--api-key", metavar="KEY", help="where the service asks for one; @FILE reads it from a file")
-    service.add_argument("--concurrency", type=positive, default=4, help="requests under way at a time (default: 4)")
+    service.add_argument("--concurrency", type=positive, help=f"requests under way at a time (default: {CONCURRENCY})")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
     """Options of the other kind of target are mistakes, not ornaments. Raises ValueError."""
     remote = is_url(options.target)
-    strange = ("exact_padding",) if remote else ("model", "api_key")
+    strange = ("exact_padding", "repository", "provider") if remote else ("model", "api_key", "concurrency")
     for name in strange:
-        if getattr(options, name):
+        if getattr(options, name) not in (None, False):
             kind = "a file" if remote else "a service"
             raise ValueError(f"--{name.replace('_', '-')} belongs to {kind}, but {options.target} is none")
 
@@ -223,14 +266,15 @@ def _check(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        _check(options)
-        publish(run_service(options) if is_url(options.target) else run_file(options), options)
+        with interruptible():
+            _check(options)
+            check_results(options)
+            publish(run_service(options) if is_url(options.target) else run_file(options), options)
     except KNOWN as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return interrupted("nothing was written")
     return 0
 
 

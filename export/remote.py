@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import socket
 import ssl
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
@@ -90,6 +92,7 @@ class RemoteDetector:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._connections: list[http.client.HTTPConnection] = []
+        self._closed = threading.Event()
         self._described: RemoteModel | None = None
         self.retries = 0
         """Tries that a busy service or a broken connection cost."""
@@ -135,9 +138,13 @@ class RemoteDetector:
         return RemoteAnswer(_prediction(answer["detections"]), seconds, answer["timing_ms"])
 
     def close(self) -> None:
-        """Close every thread's connection."""
+        """Close every thread's connection. What another thread still asks ends at once with a RemoteError."""
+        self._closed.set()
         with self._lock:
             for connection in self._connections:
+                with suppress(OSError):  # the other side was faster
+                    if connection.sock is not None:
+                        connection.sock.shutdown(socket.SHUT_RDWR)  # a thread that reads from it wakes up
                 connection.close()
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
@@ -157,12 +164,12 @@ class RemoteDetector:
             pause_s = _pause_s(retry_after)
             if time.monotonic() + pause_s > give_up:
                 raise RemoteError(f"{self._url} was busy for {self._patience_s:g} s, at last {status}: {_detail(payload)}")
-            self._count_retry()
-            time.sleep(pause_s)
+            self._pause(pause_s)
 
     def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, str | None, bytes]:
         """Status, Retry-After and body of one try; a connection that breaks, as idle ones may, is made anew."""
         for left in range(TRANSPORT_TRIES - 1, -1, -1):
+            self._check_open()
             connection = self._connection()
             try:
                 connection.request(method, self._parts.path.rstrip("/") + path, body, self._headers)
@@ -172,8 +179,7 @@ class RemoteDetector:
                 connection.close()
                 if not left:
                     raise RemoteError(f"{self._url} cannot be reached: {error or type(error).__name__}") from error
-            self._count_retry()
-            time.sleep(0.1 * 2 ** (TRANSPORT_TRIES - left))
+            self._pause(0.1 * 2 ** (TRANSPORT_TRIES - left))
         raise AssertionError("the loop returns or raises")
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -193,9 +199,15 @@ class RemoteDetector:
             self._connections.append(made)
         return made
 
-    def _count_retry(self) -> None:
+    def _pause(self, seconds: float) -> None:
         with self._lock:
             self.retries += 1
+        self._closed.wait(seconds)
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RemoteError(f"{self._url} is asked no more")
 
 
 def _prediction(detections: list[dict[str, Any]]) -> Prediction:

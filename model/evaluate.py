@@ -16,7 +16,7 @@ import torch
 from model.checkpoint import CheckpointError, load_detector
 from model.data.images import ImageError
 from model.data.records import DataError
-from model.evaluation import Evaluation, add_data_arguments, add_result_arguments, open_data, progress_bar, publish
+from model.evaluation import Evaluation, add_data_arguments, add_result_arguments, check_results, open_data, progress_bar, publish
 from model.inference import predict
 from model.overrides import add_detector_settings
 from model.processes import start_processes
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> Evaluation:
     """Runs the checkpoint over the data set."""
+    check_results(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     detector = load_detector(options.checkpoint, options.settings).to(start_processes(options.device).device)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,32 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write report.md, report.json, plots and the worst pictures there")
 
 
+def check_results(options: argparse.Namespace) -> None:
+    """For before the work, whose numbers nobody should lose at its end.
+
+    Raises:
+        ValueError: a file or folder of `add_result_arguments` cannot be written.
+    """
+    if options.json is not None:
+        if options.json.is_dir():
+            raise ValueError(f"--json {options.json} is a folder; give the name of a file")
+        if not options.json.parent.is_dir() or not os.access(options.json.parent, os.W_OK):
+            raise ValueError(f"--json {options.json} cannot be written: {options.json.parent} is no folder that may be written to")
+    if options.report is not None:
+        check_new_folder(options.report, "--report")
+
+
+def check_new_folder(folder: Path, option: str) -> None:
+    """For a folder that is made at the end, with those above it.
+
+    Raises:
+        ValueError: something else is in the way, or it may not be written.
+    """
+    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK):
+        raise ValueError(f"{option} {folder} cannot be made: {present} is no folder that may be written to")
+
+
 def open_data(options: argparse.Namespace, class_names: Sequence[str]) -> DetectionSet:
     """The data set that the options name, with a model's classes.
 
@@ -85,21 +113,44 @@ def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def publish(evaluation: Evaluation, options: argparse.Namespace) -> None:
-    """Prints the report, and writes the files that the options ask for."""
+    """Prints the report, and writes the files that the options ask for; an interrupt leaves none of them half written."""
     report = evaluation.report
     print(report.to_text())
     print(f"  {evaluation.speed['images_per_s']:.1f} pictures a second, {evaluation.speed_note}")
     values = {**evaluation.source, "split": options.split, "images_per_s": evaluation.speed["images_per_s"], **report.to_dict()}
     values["speed"] = dict(evaluation.speed)
-    if options.json is not None:
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
+    numbers = json.dumps(values, indent=2) + "\n"
     if options.report is not None:
-        report.write(options.report)
-        (options.report / "report.json").write_text(json.dumps(values, indent=2) + "\n")
-        with (options.report / "report.md").open("a") as page:
-            page.write(_about(evaluation))
-        worst = worst_pictures(evaluation.dataset, evaluation.predictions, WORST_PICTURES)
-        save_samples(options.report, evaluation.dataset, evaluation.predictions, worst)
+        with _filled_at_the_end(options.report) as folder:
+            _write_report(folder, evaluation, numbers)
+    if options.json is not None:
+        options.json.write_text(numbers)
+
+
+def _write_report(folder: Path, evaluation: Evaluation, numbers: str) -> None:
+    evaluation.report.write(folder)
+    (folder / "report.json").write_text(numbers)
+    with (folder / "report.md").open("a") as page:
+        page.write(_about(evaluation))
+    worst = worst_pictures(evaluation.dataset, evaluation.predictions, WORST_PICTURES)
+    save_samples(folder, evaluation.dataset, evaluation.predictions, worst)
+
+
+@contextmanager
+def _filled_at_the_end(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside the files to be, which are put in their places where the block ends well."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
+            yield Path(scratch)
+            for file in Path(scratch).iterdir():
+                file.replace(folder / file.name)
+    except BaseException:
+        for made in missing:
+            with suppress(OSError):  # somebody put something into it
+                made.rmdir()
+        raise
 
 
 def _about(evaluation: Evaluation) -> str:

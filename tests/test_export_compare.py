@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +141,83 @@ def test_a_lower_threshold_finds_them_again_and_replaces_the_report(repository: 
     agreement = numbers(repository)["agreement"]["all"]
     assert (agreement["both"], agreement["missed"]) == (5, 0)
     assert agreement["worst_score"] == pytest.approx(0.5, abs=0.01)
-    assert len(list((repository.parent / "out" / "pictures").iterdir())) == 5
+    assert shown(repository) == {path.name for path in (repository.parent / "out" / "pictures").iterdir()}
+    assert len(shown(repository)) == 5
+    assert {path.name for path in (repository.parent / "out").iterdir()} == {"index.html", "comparison.json", "pictures"}
+
+
+def shown(repository: Path) -> set[str]:
+    """The pictures on the page."""
+    return set(re.findall(r'src="pictures/([^"]+)"', (repository.parent / "out" / "index.html").read_text()))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def _terminal() -> Iterator[None]:
+    """SIGTERM is heard, whoever runs the tests, and ends nothing where the command does not hear it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_terminal")
+@pytest.mark.parametrize("place", ["compare_pictures._titled", "compare_report._page"])
+def test_an_interrupt_leaves_the_earlier_report_whole(
+    place: str, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of the pictures, and when all of them are drawn."""
+    assert run(repository, "blobs@1", "blobs@2") == 0
+    before = content(repository.parent / "out")
+    calls = []
+
+    def end(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 5 or "_page" in place:
+            signal.raise_signal(signal.SIGTERM)
+        return arguments[0]
+
+    monkeypatch.setattr(f"export.{place}", end)
+    assert run(repository, "blobs@1", "blobs@3") == 130
+    assert "interrupted; no report was written; one that was there before is as it was" in capsys.readouterr().err
+    assert len(calls) == (1 if "_page" in place else 5)
+    assert content(repository.parent / "out") == before
+
+
+@pytest.mark.usefixtures("_terminal")
+def test_an_interrupted_first_report_leaves_no_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.compare_report._page", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert run(repository, "blobs@1", "blobs@2") == 130
+    assert not (repository.parent / "out").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_report_whole(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> str:
+        raise OSError("no space left on device")
+
+    assert run(repository, "blobs@1", "blobs@2") == 0
+    before = content(repository.parent / "out")
+    monkeypatch.setattr("export.compare_report.to_dict", full)
+    assert run(repository, "blobs@1", "blobs@3") == 1
+    assert "no space left" in capsys.readouterr().err
+    assert content(repository.parent / "out") == before
+
+
+def test_names_that_look_like_markup_are_names(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["[/x]", "[red]", ":smile:"]
+    path = write_model(repository, name="odd", class_names=names)
+    data = write_colours(repository.parent / "[odd]")
+    table = (data / "test.csv").read_text()
+    for before, after in zip(("red", "green", "blue"), names, strict=True):
+        table = table.replace(before, after)
+    (data / "test.csv").write_text(table)
+    assert main(["compare", str(path), str(path), str(data), "--provider", "cpu", "--out", str(repository.parent / "out")]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("[odd]", *names))
 
 
 def test_classes_are_compared_by_name_and_a_broken_bound_is_status_2(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +251,62 @@ def test_a_folder_of_something_else_is_left_alone(repository: Path, capsys: pyte
     assert run(repository, "blobs@1", "blobs@1") == 1
     assert "choose another folder" in capsys.readouterr().err
     assert [path.name for path in (repository.parent / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("option", ["--max-drop", "--max-class-drop"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "half"])
+def test_a_bound_that_cannot_break_is_refused(option: str, value: str, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="64"):
+        run(repository, "blobs@1", "blobs@3", f"{option}={value}")
+    assert f"argument {option}: expected hundredths of AP, 0 or more, for example 0.5; got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["abc", "nan", "1.5"])
+def test_a_score_is_a_number_from_0_to_1(value: str, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="64"):
+        run(repository, "blobs@1", "blobs@3", "--score-threshold", value)
+    assert f"--score-threshold: expected a score from 0 to 1, got '{value}'" in capsys.readouterr().err
+
+
+def test_a_file_that_does_not_run_is_named_with_the_cause(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_model(repository, version="4", runs=False)
+    assert run(repository, "blobs@1", "blobs@4") == 1
+    told = capsys.readouterr().err
+    assert f"B, {path}, failed while it warmed up: " in told
+    assert "Reshape" in told
+    assert "request id" not in told
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = write_colours(repository.parent / "data") / "3.png"
+    whole = picture.read_bytes()
+    common = ["--repository", str(repository), "--provider", "cpu", "--out", str(repository.parent / "out")]
+    picture.write_bytes(whole[:-30])
+    assert main(["compare", "blobs@1", "blobs@2", str(picture.parent), *common]) == 1
+    assert f"failed on {picture}: the PNG is truncated" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_picture(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (repository.parent / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr("export.compare.compare_versions", lambda *_, **__: pytest.fail("ran"))
+    assert (
+        main(
+            [
+                "compare",
+                "blobs@1",
+                "blobs@2",
+                str(repository),
+                "--repository",
+                str(repository),
+                "--out",
+                str(repository.parent / "thesis.txt" / "out"),
+            ]
+        )
+        == 1
+    )
+    assert "thesis.txt is no folder that may be written to" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_refused_before_the_first_picture(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
