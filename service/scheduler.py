@@ -311,12 +311,13 @@ class Scheduler:
 
     def _expire(self) -> None:
         now = self._clock()
+        self._expected.refuse(lambda: too_late("before the image was ready"), before=now)
+        expected = self._expected.next_deadline()  # before the queue's: what a thread delivers just now is in one of the two or in both
         with self._lock:
             late = self._queue.expire(now)
             following = self._queue.next_deadline()
         self._settle([(entry, too_late("while it waited")) for entry in late])
-        self._expected.refuse(lambda: too_late("before the image was ready"), before=now)
-        deadlines = [deadline for deadline in (following, self._expected.next_deadline()) if deadline is not None]
+        deadlines = [deadline for deadline in (following, expected) if deadline is not None]
         if deadlines:
             self._timer.arm(min(deadlines))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,7 +15,7 @@ import uvloop
 
 from service.errors import BadImage, DeadlineExceeded, Draining, QueueFull
 from service.scheduler import Observer, Scheduler, Ticket
-from service.tickets import DeadlineTimer
+from service.tickets import DeadlineTimer, Expected
 
 COSTS = {1: 0.001}
 
@@ -43,6 +44,7 @@ class Setting:
     def __init__(self, max_queue_images: int = 8) -> None:
         self.ran: list[Any] = []
         self.leavers = Leavers()
+        self.on_run: Callable[[], Any] = lambda: None
         self.scheduler = Scheduler(max_queue_images=max_queue_images, max_queue_bytes=1 << 20, observer=self.leavers)
 
     async def __aenter__(self) -> Setting:
@@ -54,6 +56,7 @@ class Setting:
         await self.scheduler.close()
 
     def run(self, _device: int, items: Sequence[Any]) -> list[Any]:
+        self.on_run()
         self.ran += items
         return [2 * item for item in items]
 
@@ -144,6 +147,52 @@ def test_the_timer_stands_at_the_earliest_deadline_it_was_told_of(new_loop: Call
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(scenario())
+
+
+class Interrupted:
+    """The scheduler's expected tickets: whenever all are looked through, a decoding thread gets its turn before and after."""
+
+    def __init__(self, expected: Expected, turn: Callable[[], None]) -> None:
+        self._expected, self._turn = expected, turn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._expected, name)
+
+    def next_deadline(self) -> float | None:
+        self._turn()
+        found = self._expected.next_deadline()
+        self._turn()
+        return found
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_deadline_holds_for_what_is_delivered_while_others_expire(turn: int) -> None:
+    @on_a_loop
+    async def scenario() -> None:
+        async with Setting() as setting:
+            scheduler, gate, held, now = setting.scheduler, threading.Event(), threading.Event(), time.monotonic()
+            setting.on_run = lambda: (held.set(), gate.wait(20.0))
+            first = scheduler.submit("lane", 1)
+            await asyncio.to_thread(held.wait, 20.0)
+            early, late = (scheduler.expect(now + seconds) for seconds in (0.05, 0.3))
+            turns = iter(range(1, 100))
+
+            def take_turn() -> None:
+                if next(turns) == turn:
+                    thread = threading.Thread(target=setting.bring, args=(late, 2))
+                    thread.start()
+                    thread.join()
+
+            scheduler._expected = Interrupted(scheduler._expected, take_turn)  # type: ignore[assignment]
+            try:
+                for ticket in (early, late):  # the device is busy all the time: only the timer can tell them
+                    with pytest.raises(DeadlineExceeded):
+                        await asyncio.wait_for(ticket.future, 5.0)
+            finally:
+                gate.set()
+            await first
+
+    scenario()
 
 
 @on_a_loop
