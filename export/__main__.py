@@ -67,6 +67,15 @@ KNOWN = (
     ValueError,
 )
 """What ends with one sentence instead of a traceback."""
+CALIBRATION_PICTURES = 64
+BELONGS_TO = {
+    "split": ("data",),
+    "format": ("data", "calibrate"),
+    "skip_bad": ("data", "calibrate"),
+    "calibrate_split": ("calibrate",),
+    "calibrate_pictures": ("calibrate",),
+}
+"""Options that say how another is read: alone they are a slip, and without --data one that leaves the AP unmeasured."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,9 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     int8 = parser.add_argument_group("int8")
     int8.add_argument("--calibrate", type=Path, metavar="PATH", help="folder of pictures, or data set, to measure activations on")
-    int8.add_argument("--calibrate-split", default="train", help="the data set's split to calibrate on (default: train)")
+    int8.add_argument("--calibrate-split", metavar="SPLIT", help="the data set's split to calibrate on (default: train)")
     int8.add_argument(
-        "--calibrate-pictures", type=positive, default=64, metavar="N", help="this many, evenly spread over what is there (default: 64)"
+        "--calibrate-pictures",
+        type=positive,
+        metavar="N",
+        help=f"this many, evenly spread over what is there (default: {CALIBRATION_PICTURES})",
     )
     proof = parser.add_argument_group("proof")
     proof.add_argument(
@@ -120,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="publish fp16, bf16 or int8 without --data; manifest and card say that it is unproven",
     )
     proof.add_argument("--format", choices=sorted(READERS), help="the data set's format; guessed if left out")
-    proof.add_argument("--split", default="test", help="the data set's split (default: test)")
+    proof.add_argument("--split", help="the data set's split (default: test)")
     proof.add_argument("--skip-bad", action="store_true", help="leave faulty records of the data set out")
     card = parser.add_argument_group("model card")
     card.add_argument("--description", default="", help="one sentence: what it finds, in what pictures")
@@ -140,7 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return compare.main(given[1:])
     if given and given[0] == "build-engines":
         return engines.main(given[1:])
-    options = build_parser().parse_args(given)
+    parser = build_parser()
+    options = parser.parse_args(given)
+    stray = stray_option(options)
+    if stray is not None:
+        parser.error(stray)
     console, errors = wide_console(), error_console()
     try:
         with interruptible(), checkpoint_file(options.checkpoint, options.weights) as options.checkpoint:
@@ -154,6 +170,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return interrupted("nothing was published")
     return 0
+
+
+def stray_option(options: argparse.Namespace) -> str | None:
+    """What is wrong with an option that would have no effect; None where each has one."""
+    for name, owners in BELONGS_TO.items():
+        if getattr(options, name) and not any(getattr(options, owner) for owner in owners):
+            needed = " or ".join(f"--{owner} PATH" for owner in owners)
+            return f"--{name.replace('_', '-')} says how {needed} is read, which was not given"
+    if options.calibrate and options.precision != "int8":
+        return f"--calibrate belongs to --precision int8, not {options.precision}"
+    if options.allow_unmeasured and options.data:
+        return "--allow-unmeasured stands for --data PATH: give one of the two"
+    if options.allow_unmeasured and options.precision == "fp32":
+        return "--allow-unmeasured belongs to fp16, bf16 and int8: fp32 is held against the network box by box and needs no data set"
+    return None
 
 
 def _job(options: argparse.Namespace, command: str) -> Job:
@@ -188,16 +219,14 @@ def _job(options: argparse.Namespace, command: str) -> Job:
 
 
 def _dataset(options: argparse.Namespace, names: tuple[str, ...]) -> DetectionSet:
-    return open_dataset(options.data, options.split, data_format=options.format, class_names=names, skip_bad=options.skip_bad)
+    return open_dataset(options.data, options.split or "test", data_format=options.format, class_names=names, skip_bad=options.skip_bad)
 
 
 def _calibration(options: argparse.Namespace, names: tuple[str, ...]) -> list[Path]:
-    if options.precision != "int8":
-        raise ValueError(f"--calibrate belongs to --precision int8, not {options.precision}")
     return calibration_files(
         options.calibrate,
-        options.calibrate_pictures,
-        split=options.calibrate_split,
+        options.calibrate_pictures or CALIBRATION_PICTURES,
+        split=options.calibrate_split or "train",
         data_format=options.format,
         class_names=names,
         skip_bad=options.skip_bad,

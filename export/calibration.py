@@ -11,10 +11,10 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import NodeProto
-from PIL import Image, ImageOps
 
 from export.pictures import Picture
 from model.data.formats import open_dataset
+from model.data.images import ImageError, read_rgb
 from service.images import assemble, prepare_pixels
 from service.manifest import InputSpec
 from service.runtime import INPUTS
@@ -47,9 +47,28 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def read_picture(path: Path) -> Picture:
-    """RGB uint8 [H, W, 3], upright."""
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    """RGB uint8 [H, W, 3], upright, in the colours that serving sees.
+
+    Raises:
+        ImageError: missing, broken, or larger than Pillow decodes.
+    """
+    return read_rgb(path)
+
+
+def check_pictures(paths: Sequence[Path]) -> None:
+    """Decode each once, for before the minutes of tracing.
+
+    Raises:
+        CalibrationError: some cannot be used; names the first.
+    """
+    faults = []
+    for path in paths:
+        try:
+            read_picture(path)
+        except ImageError as fault:
+            faults.append(f"{path}: {fault.kind}: {fault.sentence}")
+    if faults:
+        raise CalibrationError(f"{len(faults)} of {len(paths)} pictures to calibrate on cannot be used, the first: {faults[0]}")
 
 
 def calibration_files(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from export.accuracy import GateFailed, compare_accuracy, countable_boxes, unmeasured
-from export.calibration import calibrate, read_pictures
+from export.calibration import calibrate, check_pictures, read_pictures
 from export.card import CardFacts, model_card
 from export.certificate import state_width
 from export.crowd import with_a_full_answer
@@ -120,7 +120,7 @@ def check_request(job: Job) -> None:
     """Refuse before any work what could not be proven in the end.
 
     Raises:
-        ExportError, ProviderMissing, OSError: with what is missing.
+        ExportError, CalibrationError, ProviderMissing, OSError: with what is missing.
     """
     kind = job.graph.precision
     if re.fullmatch(NAME_PATTERN, job.name) is None:
@@ -143,6 +143,7 @@ def check_request(job: Job) -> None:
             f"{kind} may cost at most {100 * MAX_AP_DROP[kind]:g} points of AP, which only a data set can show: give --data PATH "
             "(and --split), or publish it unproven with --allow-unmeasured"
         )
+    check_pictures(job.calibration)
 
 
 def to_int8(model: onnx.ModelProto, job: Job, spec: InputSpec, console: Console) -> onnx.ModelProto:

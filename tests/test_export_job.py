@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from PIL import Image
 from rich.console import Console
 from tiny_detector import BUCKETS, CLASS_NAMES, Exported, save_tiny
 
-from export.__main__ import main
+from export.__main__ import build_parser, main, stray_option
+from export.calibration import CalibrationError
 from export.graph import ExportError, GraphOptions
 from export.job import GateFailed, Job, check_request, export, flat
 from export.precision import Kind
@@ -216,6 +219,73 @@ def test_a_mistake_on_the_command_line_is_no_verdict(capsys: pytest.CaptureFixtu
             main(command)
         assert left.value.code == 64
     assert "the following arguments are required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--split", "test"], "--split says how --data PATH is read, which was not given"),
+        (["--split", "test", "--calibrate", "folder", "--precision", "int8"], "--split says how --data PATH"),
+        (["--format", "voc"], "--format says how --data PATH or --calibrate PATH is read"),
+        (["--skip-bad"], "--skip-bad says how --data PATH or --calibrate PATH is read"),
+        (["--calibrate-split", "train", "--data", "folder"], "--calibrate-split says how --calibrate PATH is read"),
+        (["--calibrate-pictures", "64"], "--calibrate-pictures says how --calibrate PATH is read"),
+        (["--calibrate", "folder"], "--calibrate belongs to --precision int8, not fp32"),
+        (["--allow-unmeasured"], "belongs to fp16, bf16 and int8"),
+        (["--allow-unmeasured", "--precision", "fp16", "--data", "folder"], "--allow-unmeasured stands for --data PATH"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who forgets --data must not publish a version whose AP nobody measured."""
+    with pytest.raises(SystemExit, match="64"):
+        main(["never-read.pt", "--name", "tiny", *options])
+    assert sentence in capsys.readouterr().err
+
+
+def test_options_with_effect_pass_and_keep_their_defaults() -> None:
+    parser, start = build_parser(), ["best.pt", "--name", "tiny"]
+    int8 = [*start, "--precision", "int8", "--calibrate", "folder", "--calibrate-split", "val", "--skip-bad", "--allow-unmeasured"]
+    for given in (start, [*start, "--data", "folder", "--split", "val", "--format", "voc", "--skip-bad"], int8):
+        assert stray_option(parser.parse_args(given)) is None
+    text = " ".join(parser.format_help().split())
+    assert all(f"(default: {default})" in text for default in ("test", "train", "64"))
+
+
+def picture_of_a_bomb(path: Path) -> None:
+    """A PNG whose header promises more pixels than Pillow decodes."""
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            png_chunk(name, data)
+            for name, data in ((b"IHDR", struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b""))
+        )
+    )
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def test_pictures_that_cannot_calibrate_are_found_before_any_work(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("good.png", "bomb.png", "cut.png")]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).save(files[0])
+    picture_of_a_bomb(files[1])
+    files[2].write_bytes(files[0].read_bytes()[:900])
+    int8 = GraphOptions(precision="int8")
+    check_request(Job(tmp_path, "tiny", tmp_path, graph=int8, calibration=files[:1], allow_unmeasured=True))
+    with pytest.raises(CalibrationError, match=r"1 of 2 .* the first: .*cut\.png: truncated image"):
+        check_request(Job(tmp_path, "tiny", tmp_path, graph=int8, calibration=files[::2], allow_unmeasured=True))
+    with pytest.raises(CalibrationError, match=r"2 of 3 .* the first: .*bomb\.png: unreadable image.*decompression bomb"):
+        check_request(Job(tmp_path, "tiny", tmp_path, graph=int8, calibration=files, allow_unmeasured=True))
+
+
+def test_a_further_picture_that_cannot_be_read_is_a_sentence(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture_of_a_bomb(tmp_path / "bomb.png")
+    command = [str(exported.checkpoint), "--name", "tiny", "--repository", str(tmp_path / "models"), "--pictures", str(tmp_path)]
+    assert main(command) == 1
+    assert "bomb.png cannot be opened" in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_is_a_sentence_without_unsafe_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
