@@ -12,7 +12,9 @@ import pytest
 from service_onnx import write_model
 
 from service import tensorrt
+from service.device_calls import here
 from service.errors import InferenceFailed
+from service.loading import Loader
 from service.providers import ProviderMissing, RuntimeLoadError, provider_stack
 from service.runtime import OnnxRuntime
 from service.tensorrt import (
@@ -159,3 +161,22 @@ def test_a_runtime_asks_for_engines_before_it_opens_anything(tmp_path, on_a_gpu,
     monkeypatch.setattr("service.runtime.open_session", lambda *_: pytest.fail("a session would build engines"))
     with pytest.raises(RuntimeLoadError, match="no TensorRT engines"):
         OnnxRuntime(path, provider="tensorrt")
+
+
+def test_a_version_whose_engines_are_too_small_is_passed_over_and_says_what_to_do(tmp_path, caplog):
+    opened = []
+
+    def open_runtime(path, device, largest_batch):
+        opened.append(OnnxRuntime(path, provider="cpu", intra_op_threads=1))
+        built_for = 4 if path.parent.name == "1" else 1
+        opened[-1]._plan = make_plan(path.parent, buckets=tuple(opened[-1].manifest.input.buckets), max_batch_size=built_for)
+        return opened[-1]
+
+    for version in ("1", "2"):
+        write_model(tmp_path, version=version)
+    loaded = Loader(tmp_path, open_runtime, devices=[0], max_batch_size=4).load_newest("blobs", lambda index: here)
+    assert loaded.version == "1"
+    assert [runtime._session is None for runtime in opened] == [True, False]
+    assert "it cannot run: 2 images of 96x160: the TensorRT engines were built for up to 1 images" in caplog.text
+    assert "lower DETECTOR_MAX_BATCH_SIZE or build the engines again" in caplog.text
+    loaded.close()
