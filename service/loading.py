@@ -88,10 +88,18 @@ def find_models(root: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if folder.is_dir() and NAME.fullmatch(folder.name):
-            versions = [v.name for v in folder.iterdir() if VERSION.fullmatch(v.name) and (v / MODEL_FILE).is_file()]
+            versions = [v.name for v in _entries(folder) if VERSION.fullmatch(v.name) and (v / MODEL_FILE).is_file()]
             if versions:
                 found[folder.name] = sorted(versions, key=int, reverse=True)
     return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds; nothing where it was removed since it was listed."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def require_models(root: Path, references: Sequence[str]) -> list[tuple[str, str | None]]:

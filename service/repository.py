@@ -326,13 +326,19 @@ class Repository:
         """Look for versions newer than the active ones, for ever. A file that failed is tried again only after it changed."""
         while True:
             await asyncio.sleep(every_s)
-            for name, version in await asyncio.to_thread(self._find_newer):
-                if name not in self._active:  # unloaded meanwhile
-                    continue
-                try:
-                    await self.load(name, version)
-                except (LoadFailed, ModelNotFound) as error:
-                    logger.error("new version %s@%s is not served: %s", name, version, error.detail)
+            try:
+                await self._take_newer()
+            except Exception as error:  # a disk that cannot be read now may be read at the next look
+                logger.error("new versions cannot be looked for; the next look is in %g s", every_s, exc_info=error)
+
+    async def _take_newer(self) -> None:
+        for name, version in await asyncio.to_thread(self._find_newer):
+            if name not in self._active:  # unloaded meanwhile
+                continue
+            try:
+                await self.load(name, version)
+            except (LoadFailed, ModelNotFound) as error:
+                logger.error("new version %s@%s is not served: %s", name, version, error.detail)
 
     def _find_newer(self) -> list[tuple[str, str]]:
         """The newest version of each served name that is newer than the active one and was not tried in this state."""

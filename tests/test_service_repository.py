@@ -4,6 +4,7 @@ import asyncio
 import re
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from service_fakes import WAIT_S, make_settings, picture, run, running, sample, until
@@ -324,6 +325,42 @@ def test_watching_takes_new_versions_tries_a_broken_file_once_and_respects_a_rol
             await until(lambda: repository.resolve(None).version == "4")
 
     run(scenario())
+
+
+def test_watching_goes_on_after_a_look_that_failed(tmp_path, monkeypatch, caplog):
+    write_model(tmp_path, version="1")
+    failures = iter([OSError(116, "Stale file handle"), PermissionError("not now")])
+
+    def look(root):
+        for failure in failures:
+            raise failure
+        return find_models(root)
+
+    async def scenario():
+        app = app_on(tmp_path, watch_repository_seconds=0.02)
+        async with running(app):
+            monkeypatch.setattr("service.repository.find_models", look)
+            write_model(tmp_path, version="2")
+            await until(lambda: app.state.parts.repository.resolve(None).version == "2")
+
+    run(scenario())
+    assert caplog.text.count("new versions cannot be looked for; the next look is in 0.02 s") == 2
+    assert "Stale file handle" in caplog.text
+
+
+def test_a_folder_that_is_removed_while_it_is_looked_at_holds_nothing(tmp_path, monkeypatch):
+    write_model(tmp_path)
+    write_model(tmp_path, name="cells")
+    is_dir = Path.is_dir
+
+    def removed_after(folder):
+        found = is_dir(folder)
+        if folder.name == "blobs":
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", removed_after)
+    assert find_models(tmp_path) == {"cells": ["1"]}
 
 
 def test_an_unloaded_model_finishes_what_is_in_flight_and_gives_its_memory_back(tmp_path):
