@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import zlib
 from dataclasses import dataclass, field
 from email.message import Message
@@ -24,6 +25,9 @@ RAW_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded", ""
 MAX_FORM_FIELDS = 32
 MAX_FORM_FIELD_BYTES = 4096
 INFLATE_STEP_BYTES = 1 << 20
+
+# It warns of every form that it refuses. Who sent one is told so, and lines that anybody can cause would fill the disk.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 Picture = bytes | DetectorError
 """A picture's bytes, or why they could not be had."""

@@ -169,3 +169,9 @@ def test_cut_streams_and_unknown_encodings():
         inflate(gzip.compress(b"x" * 1000)[:-12], "gzip", 5000)
     with pytest.raises(UnsupportedType, match="'br'"):
         inflate(b"x", "br", 10)
+
+
+def test_a_broken_form_is_no_line_in_the_log(caplog):
+    with pytest.raises(MalformedRequest, match="the form cannot be read: Expected boundary"):
+        parse(b"no boundary at all", FORM)
+    assert caplog.records == []
