@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from export.compare_pictures import draw_disagreements
 from export.comparison import UNKNOWN_AP, Comparison, Version
@@ -47,14 +46,14 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The same for a terminal. Names are shown letter by letter: in one that holds brackets, rich would see its own markup."""
+    """The same for a terminal, for a console that takes brackets in names for text."""
     drawn = []
     for title, columns, rows in sections(comparison):
-        table = Table(title=Text(title, style="table.title"), title_justify="left")
+        table = Table(title=title, title_justify="left")
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 else "right")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*row)
         drawn.append(table)
     return drawn
 
