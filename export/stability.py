@@ -3,8 +3,8 @@
 Two correct runtimes may answer such a case differently, and so does PyTorch itself in fp64, or once its weights change in the last
 digits, or once every layer rounds its results differently. Only what survives all of them is a fair reference. N detections of a picture.
 
-Why both: of the 100 detections that a random ResNet-50-FPN gave in fp64 (RPN logits of 7), PyTorch in fp32 found 86, the others up to
-23 px away, and ONNX Runtime 97, while copies with shaken weights found all that fp32 did: shaking alone would have called it ONNX
+Why both: of the 100 detections that a random ResNet-50-FPN gave in fp64, when scores near 1 still ranked the anchors (RPN logits of 7),
+PyTorch in fp32 found 86, the others up to 23 px away, and ONNX Runtime 97, while copies with shaken weights found all that fp32 did: shaking alone would have called it ONNX
 Runtime's fault. On a picture that keeps a network's activations near 1, all of them agreed within 5e-4 px.
 
 Why layers too: where a picture is constant along a row, all its positions score exactly the same in PyTorch, in fp64 and with any weights,

@@ -6,23 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.nms import INVALID_SCORE
 from model.sizes import size_tensor
 
+PADDING = torch.finfo(torch.float32).min
+"""Value of a row that is none: below every logit, and below INVALID_SCORE."""
 
-def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best scores of each set, descending, padded where there are fewer.
+
+def top_rows(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each set, descending, padded where there are fewer.
 
     Args:
-        scores: `[B, N]`; N may be smaller than k.
+        values: `[B, N]`; N may be smaller than k.
 
     Returns:
-        scores `[B, k]` (INVALID_SCORE where padded) and row indices `[B, k]` (0 where padded).
+        values `[B, k]` (PADDING where padded) and row indices `[B, k]` (0 where padded).
     """
-    padded = F.pad(scores, (0, k), value=INVALID_SCORE)
+    padded = F.pad(values, (0, k), value=PADDING)
     best = padded.topk(k, dim=1, sorted=True)
-    inside = best.indices < size_tensor(scores.shape[1], best.indices)
-    return torch.where(inside, best.values, INVALID_SCORE), torch.where(inside, best.indices, 0)
+    inside = best.indices < size_tensor(values.shape[1], best.indices)
+    return torch.where(inside, best.values, PADDING), torch.where(inside, best.indices, 0)
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:

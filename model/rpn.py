@@ -18,7 +18,7 @@ from model.config import RPNConfig
 from model.matching import Samples, match, sample
 from model.nms import INVALID_SCORE, NMS
 from model.precision import at_least_fp32
-from model.ranking import take_rows, top_rows
+from model.ranking import PADDING, take_rows, top_rows
 
 WORTH_CELLS = 4
 """Where maps have fewer cells a sample, whole maps take no longer than the cells around the samples: 700 cells 4 to 9 % less of a step."""
@@ -143,12 +143,12 @@ def propose(
         for logits, deltas, level_anchors in zip(output.logits, output.deltas, anchors, strict=True)
     ]
     boxes = torch.stack([c[0] for c in candidates], dim=1)  # [B, L, k, 4]
-    scores = torch.stack([c[1] for c in candidates], dim=1)  # [B, L, k]
+    logits = torch.stack([c[1] for c in candidates], dim=1)  # [B, L, k]
     batch = boxes.shape[0]
-    keep = nms(boxes.flatten(0, 1), scores.flatten(0, 1), None, config.nms_thresh).reshape(scores.shape)
-    kept_scores = torch.where(keep, scores, INVALID_SCORE).reshape(batch, -1)
-    best, index = top_rows(kept_scores, post_top_n)
-    valid = best > INVALID_SCORE
+    scores = torch.where(logits > PADDING, logits.sigmoid(), INVALID_SCORE)
+    keep = nms(boxes.flatten(0, 1), scores.flatten(0, 1), None, config.nms_thresh).reshape(logits.shape)
+    best, index = top_rows(torch.where(keep, logits, PADDING).reshape(batch, -1), post_top_n)
+    valid = best > PADDING
     kept_boxes = take_rows(boxes.reshape(batch, -1, 4), index)
     return Proposals(torch.where(valid[..., None], kept_boxes, 0.0), valid)
 
@@ -156,12 +156,15 @@ def propose(
 def _decode_level(
     logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes_hw: Tensor, config: RPNConfig, top_n: int
 ) -> tuple[Tensor, Tensor]:
-    """Boxes `[B, k, 4]` and scores `[B, k]` of one level's best anchors; scores are INVALID_SCORE where a row does not count."""
-    scores, index = top_rows(at_least_fp32(logits).sigmoid(), top_n)
+    """Boxes `[B, k, 4]` and logits `[B, k]` of one level's best anchors; logits are PADDING where a row does not count.
+
+    Logits rank them: scores near 1 are so coarse that sure anchors would tie by the hundred, and every runtime orders ties as it likes.
+    """
+    best, index = top_rows(at_least_fp32(logits), top_n)
     boxes = box_ops.decode_deltas(take_rows(at_least_fp32(deltas), index), take_rows(anchors, index))
     boxes = box_ops.clip(boxes, image_sizes_hw)
-    good = box_ops.wider_than(boxes, config.min_size) & (scores >= config.score_thresh)
-    return boxes, torch.where(good, scores, INVALID_SCORE)
+    good = box_ops.wider_than(boxes, config.min_size) & (best.sigmoid() >= config.score_thresh)
+    return boxes, torch.where(good, best, PADDING)
 
 
 def rpn_loss(

@@ -1,14 +1,14 @@
 import torch
 
 from model.nms import INVALID_SCORE
-from model.ranking import take_rows, top_rows
+from model.ranking import PADDING, take_rows, top_rows
 
 
 def test_top_rows_pads_where_there_are_fewer() -> None:
-    scores, rows = top_rows(torch.tensor([[0.2, 0.9], [0.5, INVALID_SCORE]]), 4)
-    torch.testing.assert_close(scores, torch.tensor([[0.9, 0.2, -1.0, -1.0], [0.5, -1.0, -1.0, -1.0]]))
+    values, rows = top_rows(torch.tensor([[0.2, 0.9], [-7.0, INVALID_SCORE]]), 4)
+    torch.testing.assert_close(values, torch.tensor([[0.9, 0.2, PADDING, PADDING], [INVALID_SCORE, -7.0, PADDING, PADDING]]))
     assert rows[0, :2].tolist() == [1, 0]
-    assert rows[1, 0] == 0
+    assert rows[1, :2].tolist() == [1, 0]
     assert (rows < 2).all(), "padded rows still point at something that exists"
 
 

@@ -1,4 +1,4 @@
-"""The RPN at some anchors alone, against the RPN on whole maps."""
+"""The RPN at some anchors alone, against the RPN on whole maps; which anchors become proposals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model import rpn as rpn_module
 from model.config import RPNConfig
-from model.rpn import RPN, cell_patches
+from model.nms import greedy_nms
+from model.rpn import RPN, Proposals, RPNOutput, cell_patches, propose
 
 SIZES_HW = ((7, 5), (4, 3), (1, 1))
 CHANNELS, PER_CELL, IMAGES = 6, 3, 2
@@ -76,3 +77,31 @@ def test_patches_by_hand() -> None:
 def test_a_pyramid_without_maps_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one feature map"):
         cell_patches([], torch.zeros(1, 1, dtype=torch.int64), reach=1)
+
+
+def apart(count: int) -> Tensor:
+    """Anchors of which none overlaps another, `[N, 4]`."""
+    left = torch.arange(count) * 20.0
+    return torch.stack([left, torch.zeros(count), left + 10, torch.full((count,), 10.0)], dim=1)
+
+
+def proposed(logits: Tensor, anchors: Tensor, config: RPNConfig) -> Proposals:
+    output = RPNOutput([logits[None]], [torch.zeros(1, *anchors.shape)])
+    return propose(output, [anchors], torch.tensor([[50, 5000]]), config, greedy_nms, training=False)
+
+
+def test_sure_anchors_are_ranked_by_their_logits() -> None:
+    logits = 20 + torch.randperm(40, generator=torch.Generator().manual_seed(4)) / 10.0
+    assert (logits.sigmoid() == 1).all(), "as scores they would all tie"
+    anchors = apart(40)
+    found = proposed(logits, anchors, RPNConfig(pre_nms_top_n_test=10, post_nms_top_n_test=10))
+    assert found.valid.all()
+    assert found.boxes[0].tolist() == anchors[logits.argsort(descending=True)[:10]].tolist()
+
+
+def test_no_slot_is_lost_to_padding_however_unsure_the_anchors() -> None:
+    logits, anchors = torch.tensor([-30.0, -1.0, -50.0]), apart(3)
+    found = proposed(logits, anchors, RPNConfig(pre_nms_top_n_test=8, post_nms_top_n_test=8))
+    assert found.valid[0].tolist() == [True] * 3 + [False] * 5
+    assert found.boxes[0, :3].tolist() == anchors[[1, 0, 2]].tolist()
+    assert not found.boxes[0, 3:].any()
