@@ -4,8 +4,9 @@ Two correct runtimes may answer such a case differently, and so does PyTorch its
 digits, or once every layer rounds its results differently. Only what survives all of them is a fair reference. N detections of a picture.
 
 Why both: of the 100 detections that a random ResNet-50-FPN gave in fp64, when scores near 1 still ranked the anchors (RPN logits of 7),
-PyTorch in fp32 found 86, the others up to 23 px away, and ONNX Runtime 97, while copies with shaken weights found all that fp32 did: shaking alone would have called it ONNX
-Runtime's fault. On a picture that keeps a network's activations near 1, all of them agreed within 5e-4 px.
+PyTorch in fp32 found 86, the others up to 23 px away, and ONNX Runtime 97, while copies with shaken weights found all that fp32 did:
+shaking alone would have called it ONNX Runtime's fault. On a picture that keeps a network's activations near 1, all of them agreed within
+5e-4 px.
 
 Why layers too: where a picture is constant along a row, all its positions score exactly the same in PyTorch, in fp64 and with any weights,
 and the first of them suppresses the others. A runtime that cuts the row into tiles rounds some positions otherwise, and the boxes of the
