@@ -20,6 +20,7 @@ from model.evaluation import Evaluation, add_data_arguments, add_result_argument
 from model.inference import predict
 from model.overrides import add_detector_settings
 from model.processes import start_processes
+from model.train import INTERRUPTED
 
 EXAMPLES = """examples:
   python -m model.evaluate runs/cells/best.pt --data VOC_FOLDER --split test
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, ImageError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; no result was written", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -91,6 +91,19 @@ def test_mistakes_get_a_sentence(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert "class 'cube' is not one of the classes" in capsys.readouterr().err
 
 
+def test_an_interrupt_writes_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model.evaluate.predict", interrupt)
+    root = write_voc(tmp_path / "data", {"val": 1})
+    assert main([str(checkpoint), "--data", str(root), "--device", "cpu", "--json", str(tmp_path / "a.json")]) == 130
+    assert capsys.readouterr().err.rstrip().endswith("interrupted; no result was written")
+    assert not (tmp_path / "a.json").exists()
+
+
 def test_another_threshold_for_a_trained_detector(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_voc(tmp_path / "data", {"val": 2})
     common = [str(checkpoint), "--data", str(root), "--threads", "1", "--device", "cpu", "--json", str(tmp_path / "a.json")]
