@@ -137,10 +137,10 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         places = np.arange(len(rows)) + (index - (len(names) - 1) / 2) * width
         bars = axes.bar(places, [row["seconds"].get(who, np.nan) * 1e3 for row in rows], width=width * 0.9, label=who)
         axes.bar_label(bars, fmt="%.0f", fontsize=6)
-    axes.set_xticks(range(len(rows)), [row["network"] for row in rows], fontsize=7)
+    axes.set_xticks(range(len(rows)), [row["network"].replace("_", "\n", 1) for row in rows], fontsize=7)
     axes.set_yscale("log")
     axes.set_ylabel("ms a picture, batch 1")
-    axes.legend(fontsize=6)
+    _legend_above(axes, columns=2)
 
 
 def _shares(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -151,7 +151,12 @@ def _shares(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         left += shares
     axes.set_yticks(range(len(rows)), [row["network"] for row in rows], fontsize=7)
     axes.set_xlabel("share of our graph's time, %")
-    axes.legend(fontsize=6)
+    _legend_above(axes, columns=4)
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    """Bars fill the whole panel, so no place within it is free."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=6, frameon=False)
 
 
 def _curve(axes: Axes, name: str, points: Sequence[dict[str, float]], network: str) -> None:
