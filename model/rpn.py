@@ -142,10 +142,8 @@ def propose(
         _decode_level(logits, deltas, level_anchors, image_sizes_hw, config, pre_top_n)
         for logits, deltas, level_anchors in zip(output.logits, output.deltas, anchors, strict=True)
     ]
-    boxes = torch.stack([c[0] for c in candidates], dim=1)  # [B, L, k, 4]
-    logits = torch.stack([c[1] for c in candidates], dim=1)  # [B, L, k]
+    boxes, logits, scores = (torch.stack(parts, dim=1) for parts in zip(*candidates, strict=True))  # [B, L, k, 4] and twice [B, L, k]
     batch = boxes.shape[0]
-    scores = torch.where(logits > PADDING, logits.sigmoid(), INVALID_SCORE)
     keep = nms(boxes.flatten(0, 1), scores.flatten(0, 1), None, config.nms_thresh).reshape(logits.shape)
     best, index = top_rows(torch.where(keep, logits, PADDING).reshape(batch, -1), post_top_n)
     valid = best > PADDING
@@ -155,16 +153,17 @@ def propose(
 
 def _decode_level(
     logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes_hw: Tensor, config: RPNConfig, top_n: int
-) -> tuple[Tensor, Tensor]:
-    """Boxes `[B, k, 4]` and logits `[B, k]` of one level's best anchors; logits are PADDING where a row does not count.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes `[B, k, 4]`, logits and scores `[B, k]` of one level's best anchors; a row that does not count has PADDING and INVALID_SCORE.
 
     Logits rank them: scores near 1 are so coarse that sure anchors would tie by the hundred, and every runtime orders ties as it likes.
     """
     best, index = top_rows(at_least_fp32(logits), top_n)
     boxes = box_ops.decode_deltas(take_rows(at_least_fp32(deltas), index), take_rows(anchors, index))
     boxes = box_ops.clip(boxes, image_sizes_hw)
-    good = box_ops.wider_than(boxes, config.min_size) & (best.sigmoid() >= config.score_thresh)
-    return boxes, torch.where(good, best, PADDING)
+    scores = best.sigmoid()
+    good = (best > PADDING) & box_ops.wider_than(boxes, config.min_size) & (scores >= config.score_thresh)
+    return boxes, torch.where(good, best, PADDING), torch.where(good, scores, INVALID_SCORE)
 
 
 def rpn_loss(
