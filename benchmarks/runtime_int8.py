@@ -13,7 +13,7 @@ import onnx
 from benchmarks.runtime_contenders import Device, exported
 from benchmarks.runtime_networks import samples_of
 from benchmarks.runtime_sweeps import in_turns
-from export.calibration import calibrate, calibration_files, read_picture, read_pictures
+from export.calibration import calibrate, calibration_files, read_pictures
 from export.evaluate import evaluate_file
 from export.graph import GraphOptions, build_graph, save
 from export.job import Job, first_manifest, input_spec
@@ -22,6 +22,7 @@ from export.quantize import chosen_nodes, quantise
 from model.checkpoint import load_checkpoint, restore_detector
 from model.config import DetectorConfig
 from model.data.formats import open_dataset
+from model.data.images import read_rgb
 from model.data.records import DetectionSet
 from service.manifest import Manifest
 from service.runtime import OnnxRuntime
@@ -56,7 +57,7 @@ def trained_in_int8(
     models = {"fp32": graph, "int8": quantised(graph, read.config, read_pictures(files))}
     dataset = open_dataset(data, split, class_names=names, skip_bad=True)
     dataset = dataset.with_records(dataset.records[:limit])
-    samples = samples_of(read.config, [read_picture(record.path) for record in dataset.records[:TIMED_PICTURES]])
+    samples = samples_of(read.config, [read_rgb(record.path) for record in dataset.records[:TIMED_PICTURES]])
     runs = {name: exported(model.SerializeToString(), device) for name, model in models.items()}
     seconds = {name: float(np.median(values)) for name, values in in_turns(runs, samples, rounds, say).items()}
     manifest = first_manifest(Job(checkpoint=checkpoint, name="measured", repository=Path()), read, 1)

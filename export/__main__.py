@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export import compare, engines, inspect
 from export.accuracy import GateFailed
-from export.calibration import PICTURE_TYPES, calibration_files, picture_files, read_picture
+from export.calibration import PICTURE_TYPES, calibration_files, picture_files
 from export.card import CardFacts
 from export.console import Parser, error_console, interrupted, interruptible, positive, wide_console
 from export.graph import DEFAULT_OPSET, OPSETS, ExportError, GraphOptions
@@ -18,10 +18,11 @@ from export.job import Job, export
 from export.pictures import Picture
 from export.precision import FIRST_OPSET, KINDS
 from export.source import checkpoint_file
+from export.target import REPOSITORY
 from export.version import VersionExistsError
 from model.checkpoint import CheckpointError, load_checkpoint
 from model.data.formats import READERS, open_dataset
-from model.data.images import ImageError
+from model.data.images import ImageError, read_rgb
 from model.data.records import DataError, DetectionSet
 from model.overrides import add_detector_settings
 from service.errors import DetectorError
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="best.pt or last.pt of a training run, or torchvision:NAME for torchvision's COCO weights")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="with torchvision:NAME: its state dict, instead of fetching it")
     parser.add_argument("--name", required=True, help="model's name: lower case letters, digits, '.', '_', '-'")
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="model repository (default: model_repository)")
+    parser.add_argument("--repository", type=Path, default=REPOSITORY, help=f"model repository (default: {REPOSITORY})")
     parser.add_argument("--version", type=positive, help="version number (default: the next free one)")
     add_detector_settings(parser)
     graph = parser.add_argument_group("graph")
@@ -237,7 +238,7 @@ def _pictures(folder: Path) -> list[Picture]:
     paths = picture_files(folder)
     if not paths:
         raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_TYPES))}) in {folder}")
-    return [read_picture(path) for path in paths]
+    return [read_rgb(path) for path in paths]
 
 
 if __name__ == "__main__":

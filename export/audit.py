@@ -25,7 +25,7 @@ from export.cuda_kernels import counted
 from export.model_file import operator_set, read
 from export.placement import HOST, HOST_OUTPUTS, Placement, place
 from export.profiling import NodeRun, profile
-from export.target import add_repository_argument, find_version
+from export.target import add_version_arguments, find_version
 from service.manifest import Bucket
 from service.providers import PROVIDER_NAMES, RuntimeLoadError
 from service.tensorrt import EXCLUDED_OPS
@@ -184,8 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m export.audit", description=__doc__, epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
-    add_repository_argument(parser)
+    add_version_arguments(parser)
     parser.add_argument("--provider", choices=sorted(PROVIDER_NAMES), default="cpu", help="where it should run (default: cpu)")
     parser.add_argument("--batch-size", type=positive, default=1, help="images of the profiled batch (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, node by node")

@@ -46,15 +46,6 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_TYPES)
 
 
-def read_picture(path: Path) -> Picture:
-    """RGB uint8 [H, W, 3], upright, in the colours that serving sees.
-
-    Raises:
-        ImageError: missing, broken, or larger than Pillow decodes.
-    """
-    return read_rgb(path)
-
-
 def check_pictures(paths: Sequence[Path]) -> None:
     """Decode each once, for before the minutes of tracing.
 
@@ -64,7 +55,7 @@ def check_pictures(paths: Sequence[Path]) -> None:
     faults = []
     for path in paths:
         try:
-            read_picture(path)
+            read_rgb(path)
         except ImageError as fault:
             faults.append(f"{path}: {fault.kind}: {fault.sentence}")
     if faults:
@@ -97,7 +88,7 @@ def calibration_files(
 
 def read_pictures(paths: Iterable[Path]) -> Iterator[Picture]:
     """One after another, so that only one is held."""
-    return (read_picture(path) for path in paths)
+    return (read_rgb(path) for path in paths)
 
 
 def calibrate(

@@ -207,12 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible():
             broken = _compare(options, console)
     except KNOWN as error:
-        errors.print(f"error: {error}", markup=False)
+        errors.print(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return interrupted("no report was written; one that was there before is as it was")
     for sentence in broken:
-        errors.print(sentence, style="bold red", markup=False)
+        errors.print(sentence, style="bold red")
     return 2 if broken else 0
 
 
@@ -233,7 +233,7 @@ def _compare(options: argparse.Namespace, console: Console) -> tuple[str, ...]:
     page = write_report(options.out, comparison, pictures=options.pictures)
     for table in tables(comparison):
         console.print(table)
-    console.print(f"report: {page}", markup=False)
+    console.print(f"report: {page}")
     return comparison.broken
 
 

@@ -12,14 +12,14 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from model.stopping import INTERRUPTED
+
 LOG_WIDTH = 150
 """A report that goes to a file is not cut to a terminal's default width."""
 
 USAGE_STATUS = 64
 """Exit status of a command that was typed wrong (`EX_USAGE` of sysexits): argparse's own 2 means a broken gate or bound here."""
 
-INTERRUPTED_STATUS = 130
-"""Exit status after Ctrl-C, `kill` or a closed terminal: what a shell itself reports for SIGINT."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -80,4 +80,4 @@ def interrupted(outcome: str) -> int:
     """
     with suppress(OSError):  # the terminal may be what is gone
         error_console().print(f"interrupted; {outcome}")
-    return INTERRUPTED_STATUS
+    return INTERRUPTED

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from export.console import Parser, error_console, interrupted, interruptible, positive, wide_console
 from export.model_file import read
-from export.target import add_repository_argument, find_version
+from export.target import add_version_arguments, find_version
 from service.device_errors import first_line
 from service.manifest import Bucket
 from service.providers import (
@@ -185,8 +185,7 @@ def _run_once(session: Any, bucket: Bucket, size: int, console: Console) -> None
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m export build-engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
-    add_repository_argument(parser)
+    add_version_arguments(parser)
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     parser.add_argument(
         "--max-batch", type=positive, default=16, help="largest batch; DETECTOR_MAX_BATCH_SIZE may not be above it (default: 16)"

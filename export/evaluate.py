@@ -19,7 +19,7 @@ import numpy as np
 
 from export.console import Parser, interrupted, interruptible, positive
 from export.remote import PictureRefused, RemoteAnswer, RemoteDetector, RemoteError, is_url
-from export.target import find_version
+from export.target import REPOSITORY, find_version
 from model.data.images import ImageError
 from model.data.records import DataError, DetectionSet, Fault, Record
 from model.evaluation import (
@@ -43,7 +43,6 @@ from service.runtime import OnnxRuntime, Runtime, RuntimeLoadError
 AHEAD = 8  # pictures decoded while the network runs
 CONCURRENCY = 4
 PROVIDER = "auto"
-REPOSITORY = Path("model_repository")
 
 EXAMPLES = """examples:
   python -m export.evaluate model_repository/blood-cells/1/model.onnx --data VOC_FOLDER --split test --report report

@@ -19,7 +19,7 @@ from export.model_file import read, required_inputs
 from export.precision import described
 from export.profiling import NodeRun, profile
 from export.report import accuracy_in_words
-from export.target import add_repository_argument, find_version
+from export.target import add_version_arguments, find_version
 from service.manifest import Bucket, Manifest, ManifestError, dump_manifest
 from service.providers import RuntimeLoadError
 
@@ -197,8 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m export inspect", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
-    add_repository_argument(parser)
+    add_version_arguments(parser)
     parser.add_argument("--manifest", action="store_true", help="print the manifest's JSON alone")
     return parser
 

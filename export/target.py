@@ -7,10 +7,18 @@ from pathlib import Path
 
 from service.loading import MODEL_FILE, find_models, parse_reference
 
+REPOSITORY = Path("model_repository")
+
+
+def add_version_arguments(parser: argparse.ArgumentParser) -> None:
+    """One target, as `find_version` takes it."""
+    parser.add_argument("file", metavar="FILE", help="model.onnx, a version folder, or `name` or `name@version` of the repository")
+    add_repository_argument(parser)
+
 
 def add_repository_argument(parser: argparse.ArgumentParser) -> None:
     """The option that says where a target's name is looked up."""
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="where names are looked up (model_repository)")
+    parser.add_argument("--repository", type=Path, default=REPOSITORY, help=f"where names are looked up ({REPOSITORY})")
 
 
 def find_version(target: str, repository: Path) -> Path:

@@ -41,7 +41,8 @@ from model.presets import PRESETS
 from model.processes import start_processes
 from model.random_state import seed_everything
 from model.run_folder import command_line, git_commit
-from model.train import INTERRUPTED, preset_values
+from model.stopping import INTERRUPTED
+from model.train import preset_values
 from model.trainer import TrainingError
 from model.weights import WeightsError
 

@@ -20,7 +20,7 @@ from model.evaluation import Evaluation, add_data_arguments, add_result_argument
 from model.inference import predict
 from model.overrides import add_detector_settings
 from model.processes import start_processes
-from model.train import INTERRUPTED
+from model.stopping import INTERRUPTED
 
 EXAMPLES = """examples:
   python -m model.evaluate runs/cells/best.pt --data VOC_FOLDER --split test

@@ -29,7 +29,7 @@ from model.paper_training import Recipe
 from model.processes import start_processes
 from model.proposals import SearchConfig
 from model.run_folder import command_line, environment
-from model.train import INTERRUPTED
+from model.stopping import INTERRUPTED
 from model.trainer import TrainingError
 from model.weights import WeightsError
 

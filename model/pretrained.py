@@ -25,6 +25,7 @@ from torchvision.models import detection
 from model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from model.faster_rcnn import FasterRCNN, build_detector
 from model.presets import PRESETS
+from model.stopping import INTERRUPTED
 from model.weights import BOOKKEEPING, WeightsError, fit, load_state
 
 EXAMPLES = """examples:
@@ -241,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); next: python -m export {out} --name coco")
     return 0
 

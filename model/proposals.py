@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from model.data.formats import READERS, open_dataset
 from model.data.images import ImageError, read_rgb
 from model.data.records import DataError, DetectionSet
+from model.stopping import INTERRUPTED
 
 Boxes = NDArray[np.float32]
 
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; what is done lies in {options.out} and is not searched again", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     boxes, seconds = [len(result.boxes) for result in results], [result.seconds for result in results]
     print(f"{np.mean(boxes):.0f} boxes and {np.mean(seconds):.2f} s a picture")
     return 0

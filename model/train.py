@@ -21,11 +21,9 @@ from model.presets import PRESETS, Preset
 from model.processes import Processes, start_processes, stop_processes
 from model.random_state import seed_everything
 from model.run_folder import RunFolder, command_line, environment, git_commit
+from model.stopping import INTERRUPTED
 from model.trainer import Outcome, Trainer, TrainingError
 from model.training import train_config_from_dict
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 RANDOM_START = (
     "warning: every layer starts from random weights, which takes far more pictures and epochs than a backbone that has learned ImageNet; "
